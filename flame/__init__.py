@@ -1,0 +1,1 @@
+"""Flame: compose, deploy and manage federated learning jobs. See README.md and docs/architecture.md."""

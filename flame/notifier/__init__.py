@@ -1,0 +1,1 @@
+"""Durable event streams that flamelets and clients follow and resume."""

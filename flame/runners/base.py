@@ -1,0 +1,97 @@
+"""The interface of a runner: what starts, lists and ends workers on one kind of compute."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import msgspec
+
+
+class WorkerSpec(NamedTuple):
+    """What to start: a flamelet for one attempt of a task.
+
+    ``environment`` holds all that the flamelet needs (``FLAME_SERVER``, ``FLAME_TASK``, ``FLAME_TASK_KEY``,
+    ``FLAME_ATTEMPT``). It holds a secret: a runner passes it on where no process list shows it.
+    """
+
+    task: str
+    job: str
+    attempt: int
+    environment: Mapping[str, str]
+    dependencies: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """The worker's name, unique in a server: task and attempt."""
+        return f"{self.task}.{self.attempt}"
+
+
+class WorkerInfo(NamedTuple):
+    """A worker that a runner has. ``handle`` is the runner's own address of it: a pid, a container id, a pod's name."""
+
+    task: str
+    job: str
+    attempt: int
+    handle: str
+
+
+class WorkerExit(NamedTuple):
+    """How a worker ended, as its runner saw it; ``message`` is a sentence where the runner knows the cause (OOM, image not found)."""
+
+    exit_code: int | None
+    signal: str | None
+    message: str | None = None
+
+
+class Capacity(NamedTuple):
+    """How many workers fit in all; None: no limit is known."""
+
+    slots: int | None
+
+
+ExitCallback = Callable[[WorkerInfo, WorkerExit], None]
+
+
+class Runner(abc.ABC):
+    """One kind of compute. Instances are made per registered compute, with that kind's typed configuration.
+
+    A runner keeps no state of its own that a restart could lose: :meth:`list` asks the compute itself.
+    """
+
+    #: The name by which a compute's ``kind`` chooses this runner.
+    kind: ClassVar[str]
+    #: The typed configuration of this kind; validated when a compute is registered.
+    Config: ClassVar[type[msgspec.Struct]]
+
+    @abc.abstractmethod
+    async def open(self, on_exit: ExitCallback) -> None:
+        """Connect to the compute; from now on call ``on_exit`` once, in the event loop, for each worker that ends by itself."""
+
+    @abc.abstractmethod
+    async def start(self, spec: WorkerSpec) -> WorkerInfo:
+        """Start a worker. Starting one that is there already gives that one.
+
+        :raises flame.errors.RunnerError: it could not be started; the text is the cause.
+        """
+
+    @abc.abstractmethod
+    async def list(self) -> Sequence[WorkerInfo]:
+        """The workers of this server that the compute really has now, also those that an earlier process of the server started. Adopts them: their ends are reported to ``on_exit``."""
+
+    @abc.abstractmethod
+    async def end(self, worker: WorkerInfo, *, grace: float = 5.0) -> None:
+        """End a worker with all its processes: ask, wait up to ``grace`` seconds, then kill. Returns when nothing of it is left; one that is gone is no error."""
+
+    @abc.abstractmethod
+    def logs(self, worker: WorkerInfo) -> AsyncIterator[bytes]:
+        """What the worker itself (the flamelet, not the task) has printed: for a worker that never connected."""
+
+    @abc.abstractmethod
+    async def capacity(self) -> Capacity:
+        """How many workers fit."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of the compute; the workers go on."""

@@ -1,0 +1,1 @@
+"""Which samples a trainer uses in a round."""

@@ -1,0 +1,1 @@
+"""The nouns: forms, records, checks, expansion."""

@@ -1,0 +1,198 @@
+"""What users write: schema, job, dataset. Field names on the wire and in files are camelCase, here snake_case.
+
+The forms are those of Flame's JSON files (https://github.com/cisco-open/flame), which load unchanged.
+Reading, checking across files and expanding are in the sibling modules; this one only says what the
+forms are. Unknown keys are refused, except in ``hyperparameters`` and ``kwargs``, which are the user's own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, field
+
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+Kwargs = dict[str, Any]
+
+
+class Form(msgspec.Struct, kw_only=True, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """Base of everything a user writes: immutable, camelCase outside, strict about unknown keys."""
+
+
+class Sorted(Form, frozen=True, kw_only=True):
+    """A choice by name with arguments: ``{"sort": "fedadam", "kwargs": {"beta_1": 0.9}}``."""
+
+    sort: Name
+    kwargs: Kwargs = field(default_factory=dict)
+
+
+class GroupBy(Form, frozen=True, kw_only=True):
+    """Which groups a channel has. ``type`` is always ``tag``; no value means the one group ``default``."""
+
+    type: str = "tag"
+    value: list[Name] = field(default_factory=lambda: ["default"])
+
+
+class Role(Form, frozen=True, kw_only=True):
+    """A kind of worker.
+
+    ``group_association`` has an entry for each kind of place in the topology: a mapping of channel to group.
+    ``replica`` counts workers per entry of a role that consumes no data.
+    """
+
+    name: Name
+    description: str = ""
+    is_data_consumer: bool = False
+    replica: PositiveInt = 1
+    group_association: list[dict[str, str]] = field(default_factory=list)
+
+
+class Channel(Form, frozen=True, kw_only=True):
+    """A link between two roles, or between one role and itself (``pair`` then names it twice).
+
+    ``backend``, ``selector`` and ``compression`` override the job's for this channel.
+    """
+
+    name: Name
+    description: str = ""
+    pair: list[Name]
+    group_by: GroupBy = field(default_factory=GroupBy)
+    func_tags: dict[str, list[str]] = field(default_factory=dict)
+    backend: str | None = None
+    selector: Sorted | None = None
+    compression: Sorted | None = None
+
+
+class Schema(Form, frozen=True, kw_only=True):
+    """The topology as a graph: roles and channels (TAG, topology abstraction graph)."""
+
+    name: Name
+    description: str = ""
+    roles: list[Role]
+    channels: list[Channel]
+
+
+class Dataset(Form, frozen=True, kw_only=True):
+    """Data registered by URL and realm. ``id`` is given by the server, or by a file that names one."""
+
+    id: str | None = None
+    name: Name
+    description: str = ""
+    url: str
+    data_format: str = ""
+    realm: str = "default"
+    is_public: bool = False
+
+
+class DatasetGroups(Form, frozen=True, kw_only=True):
+    """One entry of a dataSpec: which datasets the workers of a data-consuming role use, by group."""
+
+    role: Name
+    dataset_groups: dict[str, list[str]]
+
+
+class BaseModel(Form, frozen=True, kw_only=True):
+    """A registered model to begin from; an empty name means: from the role's own ``initialize``."""
+
+    name: str = ""
+    version: int = 0
+
+
+class Registry(Form, frozen=True, kw_only=True):
+    """Where metrics and models go: ``mlflow``, ``local`` or ``dummy``; no ``uri`` means the server's default."""
+
+    sort: str = "default"
+    uri: str = ""
+
+
+class Broker(Form, frozen=True, kw_only=True):
+    """Where a backend's meeting point is, such as ``{"sort": "mqtt", "host": "localhost:1883"}``."""
+
+    sort: Name
+    host: str
+
+
+class ModelSpec(Form, frozen=True, kw_only=True):
+    """What is trained and how."""
+
+    base_model: BaseModel = field(default_factory=BaseModel)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    dependencies: list[str] = field(default_factory=list)
+    optimizer: Sorted = field(default_factory=lambda: Sorted(sort="fedavg"))
+    selector: Sorted = field(default_factory=lambda: Sorted(sort="default"))
+    datasampler: Sorted = field(default_factory=lambda: Sorted(sort="default"))
+    privacy: Sorted = field(default_factory=lambda: Sorted(sort="default"))
+
+
+class RoundPolicy(Form, frozen=True, kw_only=True):
+    """What a round needs. Times in seconds.
+
+    :ivar min_trainers: fewest updates that make a round; fewer by the deadline fail the job.
+    :ivar round_deadline: the longest a round waits for updates; None waits for everyone who is there.
+    :ivar over_selection: factor (>= 1) by which more trainers are selected than are needed.
+    :ivar join_deadline: the longest a worker waits for its peers at the start.
+    :ivar deterministic: fold updates in a fixed order, so that two runs are bitwise equal.
+    """
+
+    min_trainers: PositiveInt = 1
+    round_deadline: PositiveFloat | None = None
+    over_selection: Annotated[float, Meta(ge=1)] = 1.0
+    join_deadline: PositiveFloat = 120.0
+    deterministic: bool = False
+
+
+class JobForm(Form, frozen=True, kw_only=True):
+    """A run of a design, with everything in place: what the loader makes of a JOB and the server is sent.
+
+    Either ``design_id`` names a registered design, or ``schema`` and ``code`` (the SHA-256 of an uploaded
+    bundle, see ``PUT /v1/bundles/{sha256}``) are given inline. ``datasets`` registers those that the job brings;
+    ``data_spec`` refers to them, or to registered ones, by id.
+    """
+
+    name: Name
+    design_id: str | None = None
+    schema: Schema | None = None
+    code: str | None = None
+    datasets: list[Dataset] = field(default_factory=list)
+    priority: str = "medium"
+    max_run_time: PositiveFloat | None = None
+    backend: str = "p2p"
+    brokers: list[Broker] = field(default_factory=list)
+    data_spec: list[DatasetGroups] = field(default_factory=list)
+    model_spec: ModelSpec = field(default_factory=ModelSpec)
+    registry: Registry = field(default_factory=Registry)
+    policy: RoundPolicy = field(default_factory=RoundPolicy)
+
+
+class JobRef(Form, frozen=True, kw_only=True):
+    """The job that a task belongs to."""
+
+    id: str
+    name: str
+
+
+class TaskConfig(Form, frozen=True, kw_only=True):
+    """A task's configuration: what the SDK's ``Config`` reads. Made by the expansion, never by hand in a job."""
+
+    taskid: str
+    role: str
+    job: JobRef
+    realm: str
+    backend: str
+    brokers: list[Broker]
+    channels: list[Channel]
+    group_association: dict[str, str]
+    dataset: str
+    hyperparameters: dict[str, Any]
+    base_model: BaseModel
+    optimizer: Sorted
+    selector: Sorted
+    registry: Registry
+    dependencies: list[str]
+    max_run_time: float | None
+    datasampler: Sorted = field(default_factory=lambda: Sorted(sort="default"))
+    privacy: Sorted = field(default_factory=lambda: Sorted(sort="default"))
+    policy: RoundPolicy = field(default_factory=RoundPolicy)

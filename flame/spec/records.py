@@ -1,0 +1,202 @@
+"""What the server keeps and answers: the state of designs, datasets, jobs, tasks, and the events about them.
+
+Times are seconds since the epoch (float, UTC). Names on the wire are camelCase.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+from msgspec import field
+
+from flame.spec.nouns import Dataset, JobForm, Schema, TaskConfig
+
+
+class Record(msgspec.Struct, kw_only=True, rename="camel"):
+    """Base of what is stored and answered. Unknown keys are passed over: an older client reads a newer server."""
+
+
+class JobState(str, enum.Enum):
+    """The life of a job; the transitions are in :mod:`flame.controller.lifecycle`."""
+
+    READY = "ready"
+    STARTING = "starting"
+    DEPLOYING = "deploying"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    STOPPING = "stopping"
+    TERMINATED = "terminated"
+
+    @property
+    def ended(self) -> bool:
+        """True for the states that a job does not leave."""
+        return self in (JobState.COMPLETED, JobState.FAILED, JobState.TERMINATED)
+
+
+class TaskState(str, enum.Enum):
+    """The life of a task: waiting in ``ready``, its worker asked for, connected and running, ended."""
+
+    READY = "ready"
+    DEPLOYING = "deploying"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    TERMINATED = "terminated"
+
+    @property
+    def ended(self) -> bool:
+        """True for the states that an attempt does not leave."""
+        return self in (TaskState.COMPLETED, TaskState.FAILED, TaskState.TERMINATED)
+
+
+class Failure(Record, kw_only=True):
+    """Why something failed: one sentence, and where it comes from.
+
+    ``log`` holds the last lines of the task's log.
+    """
+
+    message: str
+    task: str | None = None
+    role: str | None = None
+    attempt: int | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    log: list[str] = field(default_factory=list)
+
+
+class Round(Record, kw_only=True):
+    """One finished round of a job, as its aggregating role reported it. ``seconds`` is the round's wall time."""
+
+    round: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Model(Record, kw_only=True):
+    """Where a job's model is: ``path`` in the server's data directory, ``uri`` and ``version`` in the registry."""
+
+    name: str
+    path: str | None = None
+    uri: str | None = None
+    version: str | None = None
+    registry: str = "local"
+
+
+class Design(Record, kw_only=True):
+    """A named workflow: a schema and the code of its roles (``code``: SHA-256 of the bundle)."""
+
+    id: str
+    name: str
+    description: str = ""
+    schema: Schema | None = None
+    code: str | None = None
+    created_at: float = 0.0
+    updated_at: float = 0.0
+
+
+class DatasetRecord(Record, kw_only=True):
+    """A registered dataset."""
+
+    id: str
+    dataset: Dataset
+    created_at: float = 0.0
+
+
+class Job(Record, kw_only=True):
+    """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04."""
+
+    id: str
+    name: str
+    state: JobState
+    form: JobForm
+    design_id: str | None = None
+    code: str | None = None
+    created_at: float = 0.0
+    started_at: float | None = None
+    running_at: float | None = None
+    ended_at: float | None = None
+    failure: Failure | None = None
+    reason: str | None = None
+    rounds: list[Round] = field(default_factory=list)
+    model: Model | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Task(Record, kw_only=True):
+    """A task as the server knows it. ``attempt`` counts starts from 1; 0 means never started.
+
+    ``reason`` says in one sentence what it waits for, where it waits.
+    """
+
+    id: str
+    job_id: str
+    role: str
+    index: int
+    state: TaskState
+    config: TaskConfig
+    attempt: int = 0
+    compute: str | None = None
+    worker: str | None = None
+    reason: str | None = None
+    failure: Failure | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+
+
+class Event(Record, kw_only=True):
+    """One entry of a durable stream. ``seq`` counts from 1 in each stream, without gaps.
+
+    A job's stream (``GET /v1/jobs/{id}/events``) has these types:
+
+    * ``job``: ``{state, reason?, failure?}``
+    * ``task``: ``{task, role, index, state, attempt, reason?, failure?}``
+    * ``metrics``: ``{task, role, round, metrics}``, from one worker
+    * ``round``: ``{round, metrics, seconds}``, a finished round
+    * ``model``: a :class:`Model`
+    * ``warning``: ``{message}``
+
+    A task's stream (``GET /v1/tasks/{id}/events``), followed by its flamelet:
+
+    * ``start``: ``{attempt}``: fetch the manifest and run it
+    * ``stop``: ``{reason}``: end the child, report, exit
+    * ``peers``: ``{channel, group, joined: [member], left: [end]}``
+    """
+
+    seq: int
+    time: float
+    type: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Manifest(Record, kw_only=True):
+    """What a flamelet fetches for a task: the configuration, and the role's code by digest.
+
+    ``job_key`` (32 bytes, hex) is the secret that the job's workers share to know each other.
+    """
+
+    config: TaskConfig
+    code: str
+    job_key: str
+    attempt: int
+
+
+class Report(Record, kw_only=True):
+    """One thing that a flamelet says of its task. ``seq`` counts from 1 in an attempt; a repeated one is ignored.
+
+    Types and data:
+
+    * ``state``: ``{state: running | completed | failed | terminated, exitCode?, signal?, message?, log?}``
+    * ``metrics``: ``{round, metrics}``
+    * ``round``: ``{round, metrics, seconds}`` (from the role that closes the rounds)
+    * ``join``: ``{channel, group, member: {end, role, attempt, address, ...}}``; ``leave``: ``{channel, group}``
+    * ``model``: a :class:`Model`
+    * ``warning``: ``{message}``
+    * ``waiting``: ``{message}``: whom the worker waits for; an empty message when it no longer does
+    """
+
+    seq: int
+    type: str
+    data: dict[str, Any] = field(default_factory=dict)

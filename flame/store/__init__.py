@@ -1,0 +1,1 @@
+"""State: one interface, several databases."""

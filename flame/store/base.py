@@ -1,0 +1,94 @@
+"""The interface of the state: JSON documents by id, durable event streams, binary bundles.
+
+It is kept so small that an embedded database and a document server both serve it well: a document is
+addressed by ``(collection, id)`` and changed one at a time by compare-and-set of its version. There are
+no joins and no transactions over several documents; whoever needs two changes orders them so that a
+crash in between leaves something that a restart can finish.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flame.spec.records import Event
+
+
+class Document(NamedTuple):
+    """A stored document. ``version`` begins at 1 and grows by one with each change."""
+
+    id: str
+    version: int
+    body: dict[str, Any]
+
+
+class Store(abc.ABC):
+    """State. All methods raise :class:`flame.errors.StoreError` when the database fails.
+
+    A write has reached the database (it survives ``kill -9`` of this process) when the call returns.
+    """
+
+    @abc.abstractmethod
+    async def insert(self, collection: str, id: str, body: dict[str, Any], *, keys: Sequence[str] = ()) -> Document:
+        """Add a document.
+
+        :param keys: further unique keys of this document within the collection, such as ``name:mnist``.
+        :raises flame.errors.Conflict: the id or one of the keys is taken.
+        """
+
+    @abc.abstractmethod
+    async def get(self, collection: str, id: str) -> Document | None:
+        """The document, or None."""
+
+    @abc.abstractmethod
+    async def replace(self, collection: str, id: str, body: dict[str, Any], *, version: int) -> Document | None:
+        """Change a document if its version is still ``version``; None if it is not, or if it is gone."""
+
+    @abc.abstractmethod
+    async def delete(self, collection: str, id: str) -> bool:
+        """Remove a document and its keys; False if there was none."""
+
+    @abc.abstractmethod
+    async def find(
+        self,
+        collection: str,
+        *,
+        where: dict[str, str] | None = None,
+        after: str | None = None,
+        limit: int = 1000,
+        descending: bool = False,
+    ) -> list[Document]:
+        """Documents in order of their ids.
+
+        :param where: equality on top-level string fields of the body, such as ``{"jobId": "..."}``.
+        :param after: begin behind this id (before it, when ``descending``).
+        """
+
+    @abc.abstractmethod
+    async def append(self, stream: str, entries: Sequence[tuple[str, dict[str, Any]]]) -> list[Event]:
+        """Add events ``(type, data)`` at the end of a stream, in order and without gaps, and give them with their numbers."""
+
+    @abc.abstractmethod
+    async def read(self, stream: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        """The events of a stream with ``seq > after``, in order."""
+
+    @abc.abstractmethod
+    async def drop(self, stream: str) -> None:
+        """Remove a stream and its events."""
+
+    @abc.abstractmethod
+    async def put_bundle(self, data: bytes) -> str:
+        """Keep a binary bundle; gives its SHA-256 in hex, which is its address. The same bytes are kept once."""
+
+    @abc.abstractmethod
+    async def get_bundle(self, digest: str) -> bytes | None:
+        """A bundle's bytes, or None."""
+
+    @abc.abstractmethod
+    async def delete_bundle(self, digest: str) -> bool:
+        """Remove a bundle; False if there was none."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Finish what is under way and close the database."""
