@@ -1,0 +1,1 @@
+"""Benchmarks of the hot paths: each runs its rival, or the machine's limit, in the same run and reports the ratio."""
