@@ -175,7 +175,12 @@ class JobRef(Form, frozen=True, kw_only=True):
 
 
 class TaskConfig(Form, frozen=True, kw_only=True):
-    """A task's configuration: what the SDK's ``Config`` reads. Made by the expansion, never by hand in a job."""
+    """A task's configuration: what the SDK's ``Config`` reads. Made by the expansion, never by hand in a job.
+
+    :ivar schema: the schema's name.
+    :ivar peers: by channel, how many tasks of the expansion are at the other end in this task's group. A worker waits
+        at its start until they are there (at the longest ``policy.join_deadline``); a channel that is missing says nothing.
+    """
 
     taskid: str
     role: str
@@ -196,3 +201,5 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     datasampler: Sorted = field(default_factory=lambda: Sorted(sort="default"))
     privacy: Sorted = field(default_factory=lambda: Sorted(sort="default"))
     policy: RoundPolicy = field(default_factory=RoundPolicy)
+    schema: str = ""
+    peers: dict[str, int] = field(default_factory=dict)
