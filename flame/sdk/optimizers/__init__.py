@@ -1,1 +1,26 @@
-"""How updates become the next global model."""
+"""How updates become the next global model. One algorithm a file; a job names one and gives its keyword arguments.
+
+``make("fedadam", {"eta": 0.03})`` gives the optimizer; ``register("mine", MyOptimizer)`` adds one, and so does an
+entry point in the group ``flame.optimizers``.
+"""
+
+from __future__ import annotations
+
+from flame.sdk.optimizers.base import Optimizer, Regularizer, Update
+from flame.sdk.plugins import Plugins
+
+_HERE = "flame.sdk.optimizers"
+
+#: Every optimizer by name.
+optimizers: Plugins[Optimizer] = Plugins(
+    "optimizer",
+    "flame.optimizers",
+    {
+        "fedavg": f"{_HERE}.fedavg:FedAvg",
+    },
+)
+make = optimizers.make
+names = optimizers.names
+register = optimizers.register
+
+__all__ = ["Optimizer", "Regularizer", "Update", "make", "names", "optimizers", "register"]
