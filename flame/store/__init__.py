@@ -1,1 +1,37 @@
-"""State: one interface, several databases."""
+"""State: one interface, several databases.
+
+:func:`open_store` chooses the database by the scheme of a URL; :class:`Store` is what all of them can do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flame.errors import UsageError
+from flame.store.base import Document, Store
+
+__all__ = ["DEFAULT_URL", "Document", "Store", "open_store"]
+
+#: The database of a server that was told nothing else: a file in its data directory.
+DEFAULT_URL = "sqlite:///flame.db"
+
+
+def open_store(url: str, data_dir: Path) -> Store:
+    """Open the state that ``url`` names, and make or migrate its database where that is needed.
+
+    :param url: ``sqlite:///PATH``: a file; a relative path (``sqlite:///flame.db``) lies in ``data_dir``, an
+        absolute one has four slashes (``sqlite:////var/lib/flame.db``).
+    :param data_dir: the server's data directory; what a database does not hold itself (bundles) is kept there.
+    :raises flame.errors.UsageError: the URL is not one of these.
+    :raises flame.errors.StoreError: the database cannot be opened, or a newer Flame wrote it.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise UsageError(f"The database {url!r} is not a URL; write it like {DEFAULT_URL!r}.")
+    if scheme == "sqlite":
+        if not rest.startswith("/") or rest == "/" or rest.endswith("/"):
+            raise UsageError(f"The database {url!r} names no file; write it like {DEFAULT_URL!r} (three slashes).")
+        from flame.store.sqlite import SqliteStore
+
+        return SqliteStore(data_dir / rest[1:], bundles=data_dir / "bundles")
+    raise UsageError(f"The database {url!r} is of no known kind; 'sqlite:///PATH' is.")

@@ -1,0 +1,279 @@
+"""The embedded store: one SQLite file, no server, nothing to set up.
+
+The file is in WAL mode with ``synchronous=NORMAL``. A committed write is in the operating system's hands, so it
+survives ``kill -9`` of this process. A power cut may take the last transactions with it but never
+damages the file, since SQLite still orders its writes at checkpoints. ``FULL`` would wait for the disk at every
+commit, which costs a hundred times more than all the rest, to save seconds of events about workers that died
+in the same power cut.
+
+One thread writes, all that is queued in one transaction (see :mod:`flame.store.lane`); others read, each on a connection
+of its own, and never wait for the writer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flame.errors import Conflict, StoreError
+from flame.spec.records import Event
+from flame.store.base import Document, Store
+from flame.store.bundles import BundleFiles
+from flame.store.lane import Call, Lane
+from flame.store.migrations import MIGRATIONS, migrate
+
+#: Fields of a body that are kept in columns of their own, with an index, because lists are filtered by them.
+_COLUMNS = {"jobId": "job_id", "state": "state"}
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_BUSY_SECONDS = 5.0
+_READERS = 2
+
+
+class SqliteStore(Store):
+    """State in a SQLite file, bundles as files beside it.
+
+    :param path: the database; made, with its folder, where it is not there.
+    :param bundles: the folder of the bundles.
+    :raises flame.errors.StoreError: it cannot be opened, is not Flame's, or a newer Flame wrote it.
+    """
+
+    def __init__(self, path: Path, *, bundles: Path) -> None:
+        self._path = path
+        connections: list[sqlite3.Connection] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # what SQLite puts beside it takes this mode
+            connections.append(_connect(path))
+            migrate(connections[0], MIGRATIONS, path)
+            for _ in range(_READERS):
+                connections.append(_connect(path))
+                connections[-1].execute("PRAGMA query_only = 1")
+        except (sqlite3.Error, OSError, StoreError) as error:
+            for connection in connections:
+                connection.close()
+            if isinstance(error, StoreError):
+                raise
+            raise _explain(error, path) from error
+        self._bundles = BundleFiles(bundles)
+        self._write = Lane("store-writer", connections[:1], self._commit, batch=1000)
+        self._query = Lane("store-reader", connections[1:], self._answer, batch=16)
+
+    async def insert(self, collection: str, id: str, body: dict[str, Any], *, keys: Sequence[str] = ()) -> Document:
+        """See the base class. A refused insert changes nothing and disturbs nobody in its batch."""
+        row = (collection, id, *_row(collection, id, body))
+
+        def operation(db: sqlite3.Connection) -> None:
+            # Everything that may be refused is asked before the first change, so a refusal leaves nothing behind.
+            for key in keys:
+                owner = db.execute("SELECT id FROM keys WHERE collection = ? AND key = ?", (collection, key)).fetchone()
+                if owner:
+                    raise Conflict(f"{key.replace(':', ' ', 1)} is taken in {collection}: by {owner[0]}.")
+            done = db.execute(
+                "INSERT INTO documents (collection, id, version, body, job_id, state) VALUES (?, ?, 1, ?, ?, ?)"
+                " ON CONFLICT DO NOTHING",
+                row,
+            )
+            if not done.rowcount:
+                raise Conflict(f"{id} is there already in {collection}.")
+            if keys:
+                db.executemany(
+                    "INSERT INTO keys VALUES (?, ?, ?)", [(collection, key, id) for key in dict.fromkeys(keys)]
+                )
+
+        await self._write(operation)
+        return Document(id, 1, body)
+
+    async def get(self, collection: str, id: str) -> Document | None:
+        """See the base class. Sees every write that has returned, from whichever coroutine."""
+
+        def operation(db: sqlite3.Connection) -> Document | None:
+            sql = "SELECT id, version, body FROM documents WHERE collection = ? AND id = ?"
+            row = db.execute(sql, (collection, id)).fetchone()
+            return _document(row) if row else None
+
+        return await self._query(operation)
+
+    async def replace(self, collection: str, id: str, body: dict[str, Any], *, version: int) -> Document | None:
+        """See the base class. The version is compared in the statement that changes the row."""
+        row = (*_row(collection, id, body), collection, id, version)
+
+        def operation(db: sqlite3.Connection) -> bool:
+            sql = (
+                "UPDATE documents SET version = version + 1, body = ?, job_id = ?, state = ?"
+                " WHERE collection = ? AND id = ? AND version = ?"
+            )
+            return db.execute(sql, row).rowcount == 1
+
+        return Document(id, version + 1, body) if await self._write(operation) else None
+
+    async def delete(self, collection: str, id: str) -> bool:
+        """See the base class."""
+
+        def operation(db: sqlite3.Connection) -> bool:
+            db.execute("DELETE FROM keys WHERE collection = ? AND id = ?", (collection, id))
+            return db.execute("DELETE FROM documents WHERE collection = ? AND id = ?", (collection, id)).rowcount == 1
+
+        return await self._write(operation)
+
+    async def find(
+        self,
+        collection: str,
+        *,
+        where: dict[str, str] | None = None,
+        after: str | None = None,
+        limit: int = 1000,
+        descending: bool = False,
+    ) -> list[Document]:
+        """See the base class. ``jobId`` and ``state`` have indexes; other fields are looked for row by row."""
+        conditions, values = ["collection = ?"], [collection]
+        for field, value in (where or {}).items():
+            if not _FIELD.fullmatch(field):
+                raise StoreError(f"Lists cannot be filtered by {field!r}, only by a field's name.")
+            column = _COLUMNS.get(field, f"json_extract(body, '$.{field}')")
+            conditions.append(f"{column} = ?")
+            values.append(value)
+        if after is not None:
+            conditions.append("id < ?" if descending else "id > ?")
+            values.append(after)
+        sql = (
+            f"SELECT id, version, body FROM documents WHERE {' AND '.join(conditions)}"  # noqa: S608 - names checked above
+            f" ORDER BY id {'DESC' if descending else 'ASC'} LIMIT ?"
+        )
+        return await self._query(lambda db: [_document(row) for row in db.execute(sql, (*values, limit))])
+
+    async def append(self, stream: str, entries: Sequence[tuple[str, dict[str, Any]]]) -> list[Event]:
+        """See the base class. Numbered in the write transaction, so in the order of the commits."""
+        rows = [(kind, _json(f"An event of {stream}", data)) for kind, data in entries]
+
+        def operation(db: sqlite3.Connection) -> tuple[int, float]:
+            now = time.time()
+            last: int = db.execute("SELECT max(seq) FROM events WHERE stream = ?", (stream,)).fetchone()[0] or 0
+            db.executemany(
+                "INSERT INTO events (stream, seq, time, type, data) VALUES (?, ?, ?, ?, ?)",
+                [(stream, last + count, now, kind, data) for count, (kind, data) in enumerate(rows, 1)],
+            )
+            return last, now
+
+        last, now = await self._write(operation)
+        # Decoded from what was stored: whoever is handed these sees exactly what a later read would show.
+        return [
+            Event(seq=last + count, time=now, type=kind, data=msgspec.json.decode(data))
+            for count, (kind, data) in enumerate(rows, 1)
+        ]
+
+    async def read(self, stream: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        """See the base class."""
+
+        def operation(db: sqlite3.Connection) -> list[Event]:
+            sql = "SELECT seq, time, type, data FROM events WHERE stream = ? AND seq > ? ORDER BY seq LIMIT ?"
+            return [
+                Event(seq=seq, time=at, type=kind, data=msgspec.json.decode(data))
+                for seq, at, kind, data in db.execute(sql, (stream, after, limit))
+            ]
+
+        return await self._query(operation)
+
+    async def drop(self, stream: str) -> None:
+        """See the base class. A later append to the stream begins at 1 again."""
+        await self._write(lambda db: db.execute("DELETE FROM events WHERE stream = ?", (stream,)).rowcount)
+
+    async def put_bundle(self, data: bytes) -> str:
+        """See the base class."""
+        return await asyncio.to_thread(self._bundles.put, data)
+
+    async def get_bundle(self, digest: str) -> bytes | None:
+        """See the base class."""
+        return await asyncio.to_thread(self._bundles.get, digest)
+
+    async def delete_bundle(self, digest: str) -> bool:
+        """See the base class."""
+        return await asyncio.to_thread(self._bundles.delete, digest)
+
+    async def close(self) -> None:
+        """See the base class. What was queued is still served; later calls raise."""
+        await asyncio.to_thread(self._query.close)
+        await asyncio.to_thread(self._write.close)  # last: the last connection to go folds the log into the file
+
+    def _commit(self, db: sqlite3.Connection, calls: Sequence[Call]) -> None:
+        """Serve a batch as one transaction. Where one operation spoils it, each is tried alone: only that one fails."""
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for call in calls:
+                try:
+                    call.result = call.operation(db)
+                except Conflict as error:
+                    call.error = error
+            db.execute("COMMIT")
+        except Exception as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if len(calls) == 1 or isinstance(error, sqlite3.OperationalError):  # the database's fault, not a call's
+                for call in calls:
+                    call.error = _explain(error, self._path)
+            else:
+                for call in calls:
+                    call.error = None
+                    self._commit(db, [call])
+
+    def _answer(self, db: sqlite3.Connection, calls: Sequence[Call]) -> None:
+        for call in calls:
+            try:
+                call.result = call.operation(db)
+            except Exception as error:
+                call.error = _explain(error, self._path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # No implicit transactions: they are begun and ended by _commit() alone.
+    db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+def _json(what: str, body: dict[str, Any]) -> str:
+    try:
+        return msgspec.json.encode(body).decode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreError(f"{what} cannot be stored, since it is no JSON: {error}.") from error
+
+
+def _row(collection: str, id: str, body: dict[str, Any]) -> tuple[str, str | None, str | None]:
+    job, state = (value if isinstance(value := body.get(field), str) else None for field in _COLUMNS)
+    return _json(f"{id} of {collection}", body), job, state
+
+
+def _document(row: tuple[str, int, str]) -> Document:
+    return Document(row[0], row[1], msgspec.json.decode(row[2]))
+
+
+_CAUSES = {
+    sqlite3.SQLITE_BUSY: "another process is using it. End that one, or choose another data directory",
+    sqlite3.SQLITE_LOCKED: "another process is using it. End that one, or choose another data directory",
+    sqlite3.SQLITE_FULL: "the disk is full. Free some space and try again",
+    sqlite3.SQLITE_READONLY: "it is read-only for this user. Change its permissions and those of its folder",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened. Check that its folder is there and may be written",
+    sqlite3.SQLITE_CORRUPT: "it is damaged. Restore it from a copy, or move it away to begin anew",
+    sqlite3.SQLITE_NOTADB: "it is no SQLite database. Move it away, or choose another one",
+    sqlite3.SQLITE_IOERR: "the disk could not be read or written. Check the disk and the free space",
+}
+
+
+def _explain(error: Exception, path: Path) -> StoreError:
+    code = getattr(error, "sqlite_errorcode", None)
+    cause = _CAUSES.get(code & 0xFF) if code is not None else None  # the low byte is the family
+    failure = StoreError(f"The database {path} failed: {cause or error}.")
+    failure.__cause__ = error
+    return failure
