@@ -101,29 +101,26 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def number(
-    name: str, value: Any, *, above: float | None = None, low: float | None = None, high: float | None = None
+    name: str, value: Any, *, above: float | None = None, low: float | None = None, below: float | None = None
 ) -> float:
     """Check a numeric argument of a part.
 
     :param above: the value must be greater than this.
     :param low: the least value allowed.
-    :param high: the greatest value allowed.
+    :param below: the value must be less than this.
     :raises flame.errors.SpecError: it is not a number, or out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SpecError(f"{name} must be a number, not {value!r}.", "kwargs")
-    if (
-        math.isnan(value)
-        or (above is not None and value <= above)
-        or (low is not None and value < low)
-        or (high is not None and value > high)
-    ):
-        bounds = [
-            f"above {above:g}" if above is not None else "",
-            f"at least {low:g}" if low is not None else "",
-            f"at most {high:g}" if high is not None else "",
-        ]
-        raise SpecError(f"{name} must be {' and '.join(each for each in bounds if each)}, not {value!r}.", "kwargs")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SpecError(f"{name} must be a finite number, not {value!r}.", "kwargs")
+    bounds = []
+    if above is not None:
+        bounds.append((value > above, f"above {above:g}"))
+    if low is not None:
+        bounds.append((value >= low, f"at least {low:g}"))
+    if below is not None:
+        bounds.append((value < below, f"below {below:g}"))
+    if not all(held for held, _ in bounds):
+        raise SpecError(f"{name} must be {' and '.join(text for _, text in bounds)}, not {value!r}.", "kwargs")
     return float(value)
 
 

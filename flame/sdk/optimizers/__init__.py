@@ -16,7 +16,11 @@ optimizers: Plugins[Optimizer] = Plugins(
     "optimizer",
     "flame.optimizers",
     {
+        "fedadagrad": f"{_HERE}.fedadagrad:FedAdagrad",
+        "fedadam": f"{_HERE}.fedadam:FedAdam",
         "fedavg": f"{_HERE}.fedavg:FedAvg",
+        "fedavgm": f"{_HERE}.fedavgm:FedAvgM",
+        "fedyogi": f"{_HERE}.fedyogi:FedYogi",
     },
 )
 make = optimizers.make

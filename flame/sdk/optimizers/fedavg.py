@@ -11,16 +11,23 @@ Decentralized Data. AISTATS 2017, algorithm 1.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from flame.errors import WorkerError
 from flame.sdk.optimizers.base import Optimizer, Update, Weights
-from flame.sdk.optimizers.flat import Buffers, Flat, Layout, WeightedSum, check_finite
+from flame.sdk.optimizers.layout import Flat, Layout, Run
+from flame.sdk.optimizers.sums import Buffers, WeightedSum, check_finite
 
 
 class FedAvg(Optimizer):
-    """The mean of the updates, weighted by their number of samples. Also the base of those that step on from it."""
+    """The mean of the updates, weighted by their number of samples. Also the base of those that go on from a mean.
+
+    Memory: the model and one accumulator, which take turns.
+    """
 
     sort = "fedavg"
+    #: True for algorithms that do more than average, see :class:`flame.sdk.optimizers.layout.Layout`.
+    apart: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.layout: Layout | None = None
@@ -32,11 +39,11 @@ class FedAvg(Optimizer):
     def begin(self, weights: Weights, round: int) -> None:
         """See :meth:`Optimizer.begin`."""
         if self.layout is None or not self.layout.fits(weights):
-            self.layout = Layout(weights)
+            self.layout = Layout(weights, apart=self.apart)
             self.prepare(self.layout)
         self.current = weights
         self.round = round
-        self._sum = WeightedSum(self.layout, self._buffers.take(self.layout))
+        self._sum = WeightedSum(self._buffers.take(self.layout))
 
     def fold(self, update: Update) -> None:
         """See :meth:`Optimizer.fold`."""
@@ -44,11 +51,10 @@ class FedAvg(Optimizer):
             raise WorkerError(f"The update of {update.end} came outside of a round.")
         factor = self.weigh(update)
         if not (factor > 0 and math.isfinite(factor)):
-            raise WorkerError(
-                f"The update of {update.end} stands for {update.count} samples; it must be more than none."
-            )
+            raise WorkerError(f"The update of {update.end} has the weight {factor}; it must be a number above 0.")
         runs = self.layout.runs(update.weights, update.end)
         check_finite(runs, update.end)
+        self.accept(update, runs)
         self._sum.add(runs, factor)
 
     def finish(self) -> Weights:
@@ -56,9 +62,8 @@ class FedAvg(Optimizer):
         total, self._sum = self._sum, None
         if self.layout is None or total is None or total.count == 0:
             return self.current
-        flat = total.divide()
-        self.step(flat, total.count)
-        self.current = {}  # the old model's buffer is the next accumulator
+        flat = self.close(total)
+        self.current = {}  # whose buffer is the next accumulator
         return self.layout.weights(flat)
 
     def prepare(self, layout: Layout) -> None:
@@ -68,5 +73,9 @@ class FedAvg(Optimizer):
         """The weight of an update in the mean: its number of samples."""
         return update.count
 
-    def step(self, mean: Flat, count: int) -> None:
-        """For algorithms that build on this one: turn the mean of ``count`` updates into the next model, in place."""
+    def accept(self, update: Update, runs: list[Run]) -> None:
+        """For algorithms that build on this one: an update fits and is about to be added; raise to refuse it."""
+
+    def close(self, total: WeightedSum) -> Flat:
+        """Make the next model of the round's sum, in its vectors."""
+        return total.divide()
