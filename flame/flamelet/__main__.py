@@ -1,0 +1,39 @@
+"""``python -m flame.flamelet``: one worker, one attempt of one task. See :mod:`flame.flamelet.agent`.
+
+Exit status: 0 when the server knows how the attempt ended, whatever that is; 1 when it could not be told, or refuses
+this attempt (a newer one has taken its place, or the task is gone).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+from flame.errors import FlameError
+from flame.flamelet.agent import Agent
+from flame.flamelet.settings import Settings
+
+
+async def work() -> bool:
+    """Be the worker that the environment says. SIGTERM and SIGINT end the task with it."""
+    environment = dict(os.environ)
+    agent = Agent(Settings.read(environment), environment)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: agent.stop("Its worker was asked to end.", hurry=True))
+    return await agent.run()
+
+
+def main() -> int:
+    """Run a flamelet; gives its exit status."""
+    try:
+        return 0 if asyncio.run(work()) else 1
+    except FlameError as error:
+        print(f"flamelet: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

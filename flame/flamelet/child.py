@@ -1,0 +1,106 @@
+"""The child: the process group that runs a role's code, and the link to it.
+
+The group is what is ended, not the process: a role's code may start processes of its own (data loaders), and none of
+them may stay. The group is killed while its leader is dead but not yet reaped, because until then the system cannot give its
+number to anyone else. Should the flamelet itself be killed, the child's launcher has asked the kernel to be told
+(``FLAME_PARENT_PID``, see :mod:`flame.sdk.launch`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_LONGEST_LINE = 64 * 1024 * 1024
+
+
+class Child:
+    """A running child. Made by :meth:`start`."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._exit = asyncio.create_task(self._wait())
+
+    @classmethod
+    async def start(cls, command: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: int) -> Child:
+        """Start a command in a process group of its own.
+
+        :param folder: its working directory.
+        :param environment: its environment, to which ``FLAME_LINK_FD`` and ``FLAME_PARENT_PID`` are added.
+        :param output: the file descriptor for what it prints.
+        :raises OSError: it could not be started.
+        """
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
+        with theirs:
+            try:
+                process = subprocess.Popen(  # noqa: ASYNC220
+                    command,
+                    cwd=folder,
+                    env={**environment, "FLAME_LINK_FD": str(theirs.fileno()), "FLAME_PARENT_PID": str(os.getpid())},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=(theirs.fileno(),),
+                    process_group=0,
+                )
+            except OSError:
+                writer.close()
+                raise
+        return cls(process, reader, writer)
+
+    async def messages(self) -> AsyncIterator[dict[str, Any]]:
+        """What the child says on the link, until everyone who had the link has closed it."""
+        with contextlib.suppress(OSError):
+            while line := await self._reader.readline():
+                with contextlib.suppress(msgspec.MsgspecError):  # cut off by the child's death
+                    yield msgspec.json.decode(line, type=dict[str, Any])
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Say something on the link; passed over when the child has gone."""
+        if not self._writer.is_closing():
+            self._writer.write(msgspec.json.encode(message) + b"\n")
+
+    async def wait(self) -> int:
+        """Wait until the child has ended and nothing of its group is left.
+
+        :returns: its exit code, or the negative number of the signal that killed it.
+        """
+        return await asyncio.shield(self._exit)
+
+    async def _wait(self) -> int:
+        await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        self._kill(signal.SIGKILL)
+        return self._process.wait()
+
+    async def end(self, grace: float) -> int:
+        """Ask the group to end, wait up to ``grace`` seconds, then kill it. Returns as :meth:`wait` does."""
+        self._kill(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                return await self.wait()
+        self._kill(signal.SIGKILL)
+        return await self.wait()
+
+    def _kill(self, number: signal.Signals) -> None:
+        """Send a signal to the whole group, unless it is gone."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def close(self) -> None:
+        """Close the link."""
+        self._writer.close()
