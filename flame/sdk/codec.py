@@ -19,6 +19,7 @@ of it, the tensors must follow each other without a hole, and nothing is unpickl
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import struct
 import weakref
@@ -271,7 +272,7 @@ def _lay_out(found: list[_Tensor]) -> tuple[list[int] | None, bytes, list[memory
         return None, b"{}", [], 0
     widths = [tensors.SIZES[tensor.code] for tensor in found]
     order = None
-    if any(a < b for a, b in zip(widths, widths[1:], strict=False)):
+    if any(a < b for a, b in itertools.pairwise(widths)):
         order = sorted(range(len(found)), key=lambda i: -widths[i])
         found = [found[i] for i in order]
     header: dict[str, Any] = {}
@@ -281,7 +282,7 @@ def _lay_out(found: list[_Tensor]) -> tuple[list[int] | None, bytes, list[memory
         end = offset + array.nbytes
         header[name] = {"dtype": code, "shape": shape, "data_offsets": (offset, end)}
         if end != offset:
-            buffers.append(memoryview(array).cast("B"))
+            buffers.append(array.data.cast("B"))
         offset = end
     return order, _json(header), buffers, offset
 

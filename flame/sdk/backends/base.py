@@ -8,7 +8,7 @@ for all receivers. It never looks inside. Arrived messages, and peers that come 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -42,7 +42,16 @@ class Frames(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Sink(Protocol):
-    """What a backend tells a channel. Called from the backend's thread; must not block for long."""
+    """What a backend tells a channel. Called from the backend's thread; must not block for long.
+
+    :ivar window: how many bytes of arrived messages may be held (waiting, or in use) before a backend that can do so
+        stops reading; one message is always let in.
+    """
+
+    window: int
+
+    def wants(self, member: Member) -> bool:
+        """Whether ``member`` is one that this channel talks with (of the other role); others need not be connected."""
 
     def on_join(self, member: Member) -> None:
         """A peer can now be sent to."""
@@ -50,9 +59,12 @@ class Sink(Protocol):
     def on_leave(self, end: str, reason: str) -> None:
         """A peer has left or was lost; ``reason`` is a sentence's end such as ``closed the connection``."""
 
-    def on_frames(self, end: str, data: memoryview | bytearray, release: Callable[[], None] | None = None) -> None:
+    def on_frames(
+        self, end: str, data: memoryview | bytearray | bytes, release: Callable[[], None] | None = None
+    ) -> None:
         """A whole message has arrived in ``data`` (head and buffers, contiguous).
 
+        :param data: ``bytes`` where the message has memory of its own; then the channel calls ``release`` when it is received.
         :param release: to be called when no view of ``data`` is used any more (a shared segment, a flow-control window).
         """
 
@@ -118,6 +130,12 @@ class Backend(abc.ABC):
         A slow end does not hold up the others.
 
         :returns: the ends that could not be served, each with the reason; empty when all is well.
+        """
+
+    def want(self, channel: str, group: str, ends: Collection[str]) -> None:
+        """Someone waits for a message of one of ``ends`` and none is there: let one in although the window is full.
+
+        Holds until called again; called with no ends when the wait is over.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,222 @@
+"""The channels of a worker, made from its configuration."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flame.errors import ChannelError, SpecError
+from flame.sdk import backends
+from flame.sdk.backends.base import Backend, BackendContext, Member, Rendezvous
+from flame.sdk.channel import WINDOW, Channel, Compression, Selector
+
+if TYPE_CHECKING:
+    from flame.sdk.config import Channel as ChannelConfig
+    from flame.sdk.config import Config
+
+SelectorFactory = Callable[[str, Mapping[str, Any]], Selector | None]
+
+
+class ChannelManager:
+    """Makes, joins and leaves the channels of a worker; one backend object serves all channels that use its kind.
+
+    ``ChannelManager(config)`` is a manager of its own. ``ChannelManager()`` gives the one of the process, which is
+    configured by calling it, as in Flame's library::
+
+        cm = ChannelManager()
+        cm(config)
+        cm.join_all()
+        channel = cm.get_by_tag("fetch")
+
+    :param config: the task's configuration.
+    :param rendezvous: how workers find each other; None: the meeting point in the configuration's ``brokers``.
+    :param attempt: this start of the task; None: ``FLAME_ATTEMPT``, else 1.
+    :param key: the job's secret; None: ``FLAME_JOB_KEY`` (hex), else one made of the job's id.
+    :param options: further settings for the backends.
+    :param window: see :data:`flame.sdk.channel.WINDOW`.
+    """
+
+    _of_process: ChannelManager | None = None
+
+    def __new__(cls, config: Config | None = None, **settings: Any) -> ChannelManager:
+        """A new manager, or the process's own where nothing is given."""
+        if config is not None or settings:
+            return super().__new__(cls)
+        if cls._of_process is None:
+            cls._of_process = super().__new__(cls)
+        return cls._of_process
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        rendezvous: Rendezvous | None = None,
+        attempt: int | None = None,
+        key: bytes | None = None,
+        options: Mapping[str, Any] | None = None,
+        window: int = WINDOW,
+    ) -> None:
+        if config is None and self is type(self)._of_process and hasattr(self, "_channels"):
+            return  # asked for again
+        self._config: Config | None = None
+        self._channels: dict[str, Channel] = {}
+        self._backends: dict[tuple[str, str | None], Backend] = {}
+        self._rendezvous = rendezvous
+        self._own_rendezvous: Rendezvous | None = None
+        self._attempt = attempt
+        self._key = key
+        self._options = dict(options or {})
+        self._window = window
+        if config is not None:
+            self(config)
+
+    def __call__(self, config: Config) -> None:
+        """Take the configuration; channels of an earlier one are left first."""
+        if self._config is not None:
+            self.cleanup()
+        self._config = config
+        atexit.register(self.cleanup)
+
+    @property
+    def config(self) -> Config:
+        """The configuration.
+
+        :raises flame.errors.ChannelError: none was given so far.
+        """
+        if self._config is None:
+            raise ChannelError("The channel manager has no configuration yet: call it with one, as in cm(config).")
+        return self._config
+
+    def join_all(self) -> None:
+        """Join every channel of the role.
+
+        :raises flame.errors.BackendError: a transport cannot be used.
+        """
+        for name in self.config.channels:
+            self.join(name)
+
+    def join(self, name: str) -> bool:
+        """Join a channel; one that is joined already is left as it is.
+
+        :returns: True.
+        :raises flame.errors.ChannelError: the role has no such channel.
+        :raises flame.errors.BackendError: its transport cannot be used.
+        """
+        if name in self._channels:
+            return True
+        spec = self.config.channels.get(name)
+        if spec is None:
+            raise ChannelError(
+                f"The role {self.config.role} has no channel {name!r}; it has {', '.join(self.config.channels)}."
+            )
+        me = self._me()
+        first, second = spec.pair
+        backend = self._backend(spec)
+        channel = Channel(
+            name,
+            backend=backend,
+            job=self.config.job.job_id,
+            me=me,
+            other_role=second if first == me.role else first,
+            group=self.config.group(name),
+            selector=self._selector(spec),
+            window=self._window,
+            compression=self._compression(spec),
+        )
+        channel.join()
+        self._channels[name] = channel
+        return True
+
+    def leave(self, name: str) -> None:
+        """Leave a channel; passed over when it is not joined."""
+        channel = self._channels.pop(name, None)
+        if channel is not None:
+            channel.leave()
+
+    def get_by_tag(self, tag: str) -> Channel | None:
+        """The channel on which the function ``tag`` of this role acts; None when there is none, or it is not joined."""
+        name = self.config.func_tag_map.get(tag)
+        return None if name is None else self.get(name)
+
+    def get(self, name: str) -> Channel | None:
+        """A channel by its name; None when it is not joined."""
+        return self._channels.get(name)
+
+    def is_joined(self, name: str) -> bool:
+        """Whether a channel is joined."""
+        return name in self._channels
+
+    def cleanup(self) -> None:
+        """Leave all channels, after what was sent is delivered, and free everything. Safe to call again."""
+        atexit.unregister(self.cleanup)
+        for name in list(self._channels):
+            self.leave(name)
+        for backend in self._backends.values():
+            backend.close()
+        self._backends.clear()
+        if self._own_rendezvous is not None:
+            self._own_rendezvous.close()
+            self._own_rendezvous = None
+        self._config = None
+
+    def _me(self) -> Member:
+        attempt = self._attempt if self._attempt is not None else int(os.environ.get("FLAME_ATTEMPT") or 1)
+        return Member(end=self.config.task_id, role=self.config.role, attempt=attempt, dials=bool(self.config.dataset))
+
+    def _backend(self, spec: ChannelConfig) -> Backend:
+        sort = spec.backend or self.config.backend
+        broker = spec.broker_host or self.config.brokers.sort_to_host.get(sort)
+        backend = self._backends.get((sort, broker))
+        if backend is None:
+            context = BackendContext(
+                job=self.config.job.job_id,
+                key=self._job_key(),
+                me=self._me(),
+                broker=broker,
+                rendezvous=self._meeting(broker) if sort == "p2p" else self._rendezvous,
+                options=self._options,
+            )
+            backend = self._backends[sort, broker] = backends.make(sort, context)
+        return backend
+
+    def _job_key(self) -> bytes:
+        if self._key is not None:
+            return self._key
+        from flame.sdk.backends.rendezvous_server import hand_key
+
+        return hand_key(self.config.job.job_id)
+
+    def _meeting(self, broker: str | None) -> Rendezvous:
+        """How peers are found where the backend has no meeting point of its own."""
+        if self._rendezvous is not None:
+            return self._rendezvous
+        if self._own_rendezvous is None:
+            if broker is None:
+                raise SpecError(
+                    "no meeting point for the p2p backend; run the job with Flame, or name an address that one of the "
+                    "workers can listen on, such as {sort: p2p, host: localhost:10104}",
+                    "brokers",
+                )
+            from flame.sdk.backends.rendezvous import TcpRendezvous
+
+            self._own_rendezvous = TcpRendezvous(broker, self.config.job.job_id, self._job_key())
+        return self._own_rendezvous
+
+    def _selector(self, spec: ChannelConfig) -> Selector | None:
+        chosen = spec.selector or self.config.selector
+        if chosen.sort == "default":
+            return None
+        from flame.sdk import selectors
+
+        selector: Selector = selectors.make(chosen.sort, chosen.kwargs)
+        return selector
+
+    def _compression(self, spec: ChannelConfig) -> Compression | None:
+        if spec.compression is None:
+            return None
+        from flame.sdk import compression as compressions
+
+        compression: Compression = compressions.make(spec.compression.sort, spec.compression.kwargs)
+        return compression

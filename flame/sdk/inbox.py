@@ -1,0 +1,213 @@
+"""Where a backend puts what arrives, and where a role's threads wait for it.
+
+One condition guards everything: the backend's thread adds under it, and waiting threads are woken by it, so nothing
+polls. A wait for several ends registers them once; from then on each arrival costs the same however many ends there
+are. An end that leaves is delivered like a message, with nothing in it, so that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from flame.sdk.end import End
+
+if TYPE_CHECKING:
+    from flame.sdk.backends.base import Member
+    from flame.sdk.codec import Message
+
+
+class Arrival:
+    """A message as it arrived; opened (decoded) by who takes it, or peeks at it."""
+
+    __slots__ = ("data", "message", "release", "seq", "time")
+
+    def __init__(self, seq: int, data: memoryview | bytearray | bytes, release: Callable[[], None] | None) -> None:
+        self.seq = seq
+        self.data: memoryview | bytearray | bytes | None = data
+        self.release = release
+        self.time = time.time()
+        self.message: Message | None = None
+
+    def drop(self) -> None:
+        """Let go of a message that nobody will look at."""
+        release, self.release, self.data, self.message = self.release, None, None, None
+        if release is not None:
+            release()
+
+
+class Wait:
+    """One thread's wait for a message from each of some ends, in the order of arrival."""
+
+    def __init__(self, ends: Collection[str]) -> None:
+        self.pending = set(ends)
+        self.ready: deque[str] = deque()
+
+
+class Inbox:
+    """The arrived messages of a channel, and who is there.
+
+    :param window: see :class:`flame.sdk.backends.base.Sink`.
+    :param wants: whether a member is one that the channel talks with.
+    :param on_want: called (under the lock) with the ends that are waited for while nothing of theirs is there, and with
+        none when that is over.
+    :ivar condition: notified whenever an end comes or goes, or a message arrives.
+    :ivar present: the ends that are there, in the order in which they came.
+    """
+
+    def __init__(
+        self, window: int, wants: Callable[[Member], bool], on_want: Callable[[Collection[str]], None]
+    ) -> None:
+        self.window = window
+        self.wants = wants
+        self.condition = threading.Condition()
+        self.present: dict[str, End] = {}
+        self.reasons: dict[str, str] = {}
+        self._on_want = on_want
+        self._left: dict[str, End] = {}  # gone, with messages that were not taken yet
+        self._waits: list[Wait] = []
+        self._seq = 0
+        self._closed = False
+
+    # What the backend calls.
+
+    def on_join(self, member: Member) -> None:
+        """See :class:`flame.sdk.backends.base.Sink`."""
+        if not self.wants(member):
+            return
+        with self.condition:
+            end = self.present.get(member.end) or self._left.pop(member.end, None) or End(member.end)
+            end.member = member
+            self.present[member.end] = end
+            self.reasons.pop(member.end, None)
+            self.condition.notify_all()
+
+    def on_leave(self, end: str, reason: str) -> None:
+        """See :class:`flame.sdk.backends.base.Sink`."""
+        with self.condition:
+            gone = self.present.pop(end, None)
+            if gone is None:
+                return
+            self.reasons[end] = reason
+            if gone.queue:
+                self._left[end] = gone
+            for wait in self._waits:
+                if end in wait.pending:
+                    wait.pending.discard(end)
+                    wait.ready.append(end)
+            self.condition.notify_all()
+
+    def on_frames(
+        self, end: str, data: memoryview | bytearray | bytes, release: Callable[[], None] | None = None
+    ) -> None:
+        """See :class:`flame.sdk.backends.base.Sink`."""
+        with self.condition:
+            known = self.present.get(end) or self._left.get(end)
+            if known is not None and not self._closed:
+                self._seq += 1
+                known.queue.append(Arrival(self._seq, data, release))
+                for wait in self._waits:
+                    if end in wait.pending:
+                        wait.pending.discard(end)
+                        wait.ready.append(end)
+                self.condition.notify_all()
+                return
+        if release is not None:
+            release()
+
+    # What the channel calls.
+
+    @contextmanager
+    def waiting(self, ends: Collection[str]) -> Iterator[Wait]:
+        """Register a wait for one message (or the leaving) of each of ``ends``."""
+        wait = Wait(ends)
+        with self.condition:
+            here = [(self._find(end).queue[0].seq, end) for end in wait.pending if self._queued(end)]
+            gone = sorted(end for end in wait.pending if end not in self.present and not self._queued(end))
+            wait.ready.extend(end for _, end in sorted(here))
+            wait.ready.extend(gone)
+            wait.pending.difference_update(wait.ready)
+            self._waits.append(wait)
+        try:
+            yield wait
+        finally:
+            with self.condition:
+                self._waits.remove(wait)
+
+    def take(self, wait: Wait, deadline: float | None) -> tuple[str, Arrival | None] | None:
+        """The next of the ends that are waited for, and its message.
+
+        :param deadline: by :func:`time.monotonic`; None waits as long as it takes.
+        :returns: the end, and what arrived, or None in its place when the end has left; None at the deadline.
+        """
+        with self.condition:
+            if not wait.ready and wait.pending:
+                self._on_want(wait.pending)
+                try:
+                    while not wait.ready:
+                        left = None if deadline is None else deadline - time.monotonic()
+                        if left is not None and left <= 0:
+                            return None
+                        self.condition.wait(left)
+                finally:
+                    self._on_want(())
+            if not wait.ready:
+                return None
+            end = wait.ready.popleft()
+            return end, self._pop(end)
+
+    def peek(self, end: str) -> Arrival | None:
+        """The next message of an end, left where it is; None when there is none."""
+        with self.condition:
+            return self._find(end).queue[0] if self._queued(end) else None
+
+    def drain(self, ends: Collection[str] | None = None) -> int:
+        """Drop what has arrived and was not taken, of all ends or some; returns how many messages."""
+        dropped: list[Arrival] = []
+        with self.condition:
+            for end in [*self.present, *self._left] if ends is None else ends:
+                while self._queued(end):
+                    arrival = self._pop(end)
+                    if arrival is not None:
+                        dropped.append(arrival)
+        for arrival in dropped:
+            arrival.drop()
+        return len(dropped)
+
+    def empty(self, end: str) -> bool:
+        """True when no message of ``end`` waits to be taken."""
+        with self.condition:
+            return not self._queued(end)
+
+    def close(self, reason: str) -> None:
+        """All ends are gone, and nothing is taken in any more; whoever waits is told."""
+        for end in list(self.present):
+            self.on_leave(end, reason)
+        with self.condition:
+            self._closed = True
+        self.drain()
+
+    def open(self) -> None:
+        """Take messages in (again)."""
+        with self.condition:
+            self._closed = False
+
+    def _find(self, end: str) -> End:
+        return self.present.get(end) or self._left[end]
+
+    def _queued(self, end: str) -> bool:
+        known = self.present.get(end) or self._left.get(end)
+        return known is not None and bool(known.queue)
+
+    def _pop(self, end: str) -> Arrival | None:
+        if not self._queued(end):
+            return None
+        known = self._find(end)
+        arrival = known.queue.popleft()
+        if not known.queue:
+            self._left.pop(end, None)
+        return arrival
