@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import msgspec
@@ -65,6 +66,16 @@ class Runner(abc.ABC):
     #: The typed configuration of this kind; validated when a compute is registered.
     Config: ClassVar[type[msgspec.Struct]]
 
+    def __init__(self, config: msgspec.Struct, *, instance: str, data_dir: Path) -> None:
+        """Nothing is started or connected before :meth:`open`.
+
+        :param config: of this class's ``Config``.
+        :param instance: the server's id, by which its workers are told from another server's on the same compute.
+        :param data_dir: the server's data directory, for a runner that keeps files of its workers.
+        """
+        self.instance = instance
+        self.data_dir = data_dir
+
     @abc.abstractmethod
     async def open(self, on_exit: ExitCallback) -> None:
         """Connect to the compute; from now on call ``on_exit`` once, in the event loop, for each worker that ends by itself."""
@@ -87,6 +98,9 @@ class Runner(abc.ABC):
     @abc.abstractmethod
     def logs(self, worker: WorkerInfo) -> AsyncIterator[bytes]:
         """What the worker itself (the flamelet, not the task) has printed: for a worker that never connected."""
+
+    async def clean(self, worker: WorkerInfo) -> None:
+        """Remove what an ended worker has left on the compute, such as its working directory; nothing there is no error."""
 
     @abc.abstractmethod
     async def capacity(self) -> Capacity:

@@ -1,0 +1,371 @@
+"""The local runner, with real processes."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import textwrap
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flame.errors import RunnerError, SpecError, UsageError
+from flame.runners import WorkerExit, WorkerInfo, WorkerSpec, make_runner, processes, runner_for
+from flame.runners.local import LocalConfig, LocalRunner
+
+# Stands for the flamelet: does what BEHAVIOUR says, and tells that it runs by a file in its working directory.
+WORKER = textwrap.dedent(
+    """
+    import os, pathlib, signal, subprocess, sys, time
+    behaviour = os.environ.get("BEHAVIOUR", "wait")
+    ready = pathlib.Path(os.environ["FLAME_WORK_DIR"], "ready")
+    print("worker", os.environ["FLAME_TASK"], flush=True)
+    if "family" in behaviour:
+        sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
+        subprocess.Popen(sleep)
+        subprocess.Popen(sleep, process_group=0)
+        subprocess.Popen(sleep, start_new_session=True)
+        bare = {name: value for name, value in os.environ.items() if name != "FLAME_WORKER"}
+        subprocess.Popen(sleep, process_group=0, env=bare)
+    if "stubborn" in behaviour:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "polite" in behaviour:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    ready.with_suffix(".part").write_text(str(os.getpid()))
+    ready.with_suffix(".part").rename(ready)
+    if "exit" in behaviour:
+        sys.exit(int(behaviour.split("=")[1]))
+    if "sig" in behaviour:
+        os.kill(os.getpid(), int(behaviour.split("=")[1]))
+    time.sleep(1000)
+    """
+)
+
+
+class Harness:
+    """A runner whose workers run ``fake_flamelet``, and everything it reported."""
+
+    def __init__(self, tmp_path: Path, **config: object) -> None:
+        self.data_dir = tmp_path / "data"
+        self.instance = uuid.uuid4().hex
+        self.code = tmp_path / "code"
+        self.code.mkdir(exist_ok=True)
+        (self.code / "fake_flamelet.py").write_text(WORKER)
+        self.config = {"environment": {"PYTHONPATH": str(self.code)}, **config}
+        self.exits: list[tuple[WorkerInfo, WorkerExit]] = []
+        self.changed = asyncio.Condition()
+        self.runners: list[LocalRunner] = []
+
+    async def open(self) -> LocalRunner:
+        runner = make_runner("local", self.config, instance=self.instance, data_dir=self.data_dir)
+        assert isinstance(runner, LocalRunner)
+        runner.module = "fake_flamelet"  # type: ignore[misc]
+        await runner.open(lambda worker, how: self.exits.append((worker, how)))
+        self.runners.append(runner)
+        return runner
+
+    def spec(self, task: str, behaviour: str = "wait", attempt: int = 1) -> WorkerSpec:
+        environment = {"FLAME_TASK": task, "FLAME_TASK_KEY": f"secret-{task}", "FLAME_ATTEMPT": str(attempt)}
+        return WorkerSpec(task, "job1", attempt, {**environment, "BEHAVIOUR": behaviour})
+
+    async def ready(self, *workers: WorkerInfo) -> None:
+        paths = [self.data_dir / "workers" / f"{worker.task}.{worker.attempt}" / "ready" for worker in workers]
+        await eventually(lambda: all(path.exists() for path in paths))
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of this harness, by the mark or by their parents."""
+        marked = [found.process for found in processes.scan() if (found.mark or "").startswith(self.instance)]
+        family = {child for process in marked for child in descendants(process)}
+        return list({*marked, *family})
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
+
+
+def reap(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, 0)[0] == pid
+    except ChildProcessError:
+        return False
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - other processes set no event
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
+    harness = Harness(tmp_path)
+    yield harness
+    for runner in harness.runners:
+        await runner.close()
+    for process in harness.processes():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+            reap(process.pid)
+
+
+@pytest.fixture(params=["pidfd", "threads"])
+def each_way_of_watching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "threads":
+        monkeypatch.setattr(processes, "_pidfd_open", None)
+
+
+async def test_a_started_worker_is_listed_and_an_ended_one_is_not(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a"))
+    assert (worker.task, worker.job, worker.attempt) == ("a", "job1", 1)
+    await harness.ready(worker)
+    assert list(await runner.list()) == [worker]
+    await runner.end(worker)
+    assert list(await runner.list()) == []
+    assert harness.processes() == []
+    await runner.end(worker)  # once more is no error
+
+
+async def test_starting_a_worker_that_is_there_gives_that_one(harness: Harness) -> None:
+    runner = await harness.open()
+    first, second = await asyncio.gather(runner.start(harness.spec("a")), runner.start(harness.spec("a")))
+    assert first == second == await runner.start(harness.spec("a"))
+    next_attempt = await runner.start(harness.spec("a", attempt=2))
+    assert next_attempt.handle != first.handle
+    await harness.ready(first, next_attempt)
+    assert len(harness.processes()) == 2
+
+
+@pytest.mark.usefixtures("each_way_of_watching")
+@pytest.mark.parametrize(
+    ("behaviour", "how"),
+    [
+        ("exit=0", WorkerExit(0, None)),
+        ("exit=7", WorkerExit(7, None)),
+        ("sig=9", WorkerExit(None, "SIGKILL")),
+        ("sig=11", WorkerExit(None, "SIGSEGV")),
+    ],
+)
+async def test_an_exit_is_reported_once_with_its_code(harness: Harness, behaviour: str, how: WorkerExit) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a", behaviour))
+    await eventually(lambda: bool(harness.exits))
+    assert harness.exits == [(worker, how)]
+    assert list(await runner.list()) == []
+    await runner.end(worker)
+    await runner.close()
+    assert len(harness.exits) == 1
+    assert not reap(int(worker.handle))  # no zombie is left
+
+
+async def test_a_worker_that_was_ended_is_not_reported(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a", "polite"))
+    await harness.ready(worker)
+    await asyncio.gather(runner.end(worker), runner.end(worker))
+    assert harness.exits == []
+
+
+@pytest.mark.parametrize("behaviour", ["family", "family stubborn"])
+async def test_ending_a_worker_ends_all_its_descendants(harness: Harness, behaviour: str) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a", behaviour))
+    await harness.ready(worker)
+    assert len(family := harness.processes()) == 5
+    await runner.end(worker, grace=0.2)
+    assert not [process for process in family if alive(process)]
+    assert harness.processes() == []
+
+
+async def test_what_a_killed_worker_leaves_behind_is_ended_before_it_is_reported(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a", "family"))
+    await harness.ready(worker)
+    family = harness.processes()
+    os.kill(int(worker.handle), 9)
+    await eventually(lambda: bool(harness.exits))
+    assert not [process for process in family if alive(process)]
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_fifty_workers_start_at_once_and_end_at_once(harness: Harness) -> None:
+    runner = await harness.open()
+    workers = await asyncio.gather(*(runner.start(harness.spec(f"t{n}")) for n in range(50)))
+    assert len({worker.handle for worker in workers}) == 50
+    await harness.ready(*workers)
+    assert sorted(await runner.list()) == sorted(workers)
+    await asyncio.gather(*(runner.end(worker) for worker in workers))
+    assert list(await runner.list()) == []
+    assert harness.processes() == []
+    assert harness.exits == []
+
+
+async def test_the_secret_is_in_the_environment_and_nowhere_else(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a"))
+    await harness.ready(worker)
+    process = psutil.Process(int(worker.handle))
+    assert process.environ()["FLAME_TASK_KEY"] == "secret-a"
+    assert "secret" not in " ".join(process.cmdline())
+    for path in harness.data_dir.rglob("*"):
+        assert "secret" not in path.name
+        assert not path.is_file() or b"secret" not in path.read_bytes()
+
+
+async def test_the_servers_own_variables_do_not_reach_a_worker(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAME_TOKEN", "of the server")
+    monkeypatch.setenv("OTHER", "passed on")
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a"))
+    await harness.ready(worker)
+    environment = psutil.Process(int(worker.handle)).environ()
+    assert "FLAME_TOKEN" not in environment
+    assert environment["OTHER"] == "passed on"
+
+
+async def test_a_workers_own_output_is_kept_until_it_is_cleaned_up(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a", "exit=1"))
+    await eventually(lambda: bool(harness.exits))
+    assert b"".join([piece async for piece in runner.logs(worker)]) == b"worker a\n"
+    await runner.clean(worker)
+    await runner.clean(worker)
+    assert b"".join([piece async for piece in runner.logs(worker)]) == b""
+    assert list((harness.data_dir / "workers").iterdir()) == []
+
+
+async def test_names_cannot_leave_the_work_directory(harness: Harness) -> None:
+    runner = await harness.open()
+    for task in ("../a", "", ".."):
+        with pytest.raises(RunnerError):
+            await runner.start(harness.spec(task))
+        with pytest.raises(RunnerError):
+            await runner.clean(WorkerInfo(task, "job1", 1, "1"))
+
+
+async def test_an_interpreter_that_is_not_there_is_an_error_with_its_name(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, python="/nowhere/python")
+    runner = await harness.open()
+    with pytest.raises(RunnerError, match="/nowhere/python"):
+        await runner.start(harness.spec("a"))
+    assert list(await runner.list()) == []
+    await runner.close()
+
+
+STARTER = textwrap.dedent(
+    """
+    import asyncio, sys
+    from pathlib import Path
+    from flame.runners import WorkerSpec, make_runner
+
+    async def main(instance, data_dir, code):
+        config = {"environment": {"PYTHONPATH": code}}
+        runner = make_runner("local", config, instance=instance, data_dir=Path(data_dir))
+        runner.module = "fake_flamelet"
+        await runner.open(print)
+        for task in "abc":
+            environment = {"FLAME_TASK": task, "BEHAVIOUR": {"b": "family", "c": "family stubborn"}.get(task, "wait")}
+            await runner.start(WorkerSpec(task, "job1", 2, environment))
+        print("started", flush=True)
+        await asyncio.sleep(1000)
+
+    asyncio.run(main(*sys.argv[1:]))
+    """
+)
+
+
+@pytest.mark.usefixtures("each_way_of_watching")
+async def test_workers_outlive_a_killed_server_and_are_adopted_by_the_next(harness: Harness) -> None:
+    arguments = [harness.instance, str(harness.data_dir), str(harness.code)]
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", STARTER, *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    assert server.stdout
+    assert await server.stdout.readline() == b"started\n"
+    expected = [WorkerInfo(task, "job1", 2, "") for task in "abc"]
+    await harness.ready(*expected)
+    server.kill()
+    await server.communicate()
+
+    runner = await harness.open()
+    a, b, c = sorted(await runner.list())
+    assert [worker._replace(handle="") for worker in (a, b, c)] == expected
+    assert await runner.start(harness.spec("a", attempt=2)) == a  # it is there already
+    assert len(harness.processes()) == 11
+
+    os.kill(int(a.handle), 9)
+    await eventually(lambda: bool(harness.exits))
+    assert harness.exits == [(a, WorkerExit(None, None))]  # how it ended is told to its parent alone
+
+    family = harness.processes()
+    await asyncio.gather(runner.end(b, grace=0.2), runner.end(c, grace=0.2))
+    assert not [process for process in family if alive(process)]
+    assert len(harness.exits) == 1
+
+
+async def test_a_worker_of_another_server_is_left_alone(harness: Harness, tmp_path: Path) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a"))
+    await harness.ready(worker)
+    other = Harness(tmp_path)
+    stranger = await other.open()
+    assert list(await stranger.list()) == []
+    await stranger.end(worker)
+    assert list(await runner.list()) == [worker]
+    await stranger.close()
+
+
+async def test_orphans_of_a_worker_whose_leader_is_gone_are_ended_too(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a", "family"))
+    await harness.ready(worker)
+    await runner.close()
+    family = harness.processes()
+    os.kill(int(worker.handle), 9)
+    assert reap(int(worker.handle))
+
+    again = await harness.open()
+    assert list(await again.list()) == []
+    await again.end(worker)
+    marked = [process for process in family if alive(process)]
+    assert len(marked) <= 1  # the one without the mark, which nothing but its session connects with the worker
+    for process in marked:
+        process.kill()
+
+
+async def test_a_closed_runner_lets_its_workers_go_on(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a"))
+    await harness.ready(worker)
+    await runner.close()
+    again = await harness.open()
+    assert list(await again.list()) == [worker]
+
+
+async def test_capacity_is_what_was_configured(tmp_path: Path) -> None:
+    assert (await (await Harness(tmp_path, slots=3).open()).capacity()).slots == 3
+    assert (await (await Harness(tmp_path).open()).capacity()).slots is None
+
+
+def test_a_kind_is_found_by_its_name_and_its_configuration_checked(tmp_path: Path) -> None:
+    assert runner_for("local") is LocalRunner
+    with pytest.raises(UsageError, match=r"'loacl'; known are: local"):
+        runner_for("loacl")
+    with pytest.raises(SpecError, match="slots"):
+        make_runner("local", {"slots": 0}, instance="i", data_dir=tmp_path)
+    with pytest.raises(SpecError, match="slot"):
+        make_runner("local", {"slot": 1}, instance="i", data_dir=tmp_path)
+    assert LocalConfig().python is None
