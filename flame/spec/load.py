@@ -1,0 +1,429 @@
+"""Files -> forms: reads a JOB, and single schemas, datasets and designs.
+
+A JOB is a folder or a job file. Two ways of writing one are understood, and can be mixed:
+
+* Flame's own folder: ``job.json``, ``schema.json``, ``dataSpec.json``, ``modelSpec.json``, ``dataset*.json`` and one zip
+  (or a folder ``code``) with a folder for each role;
+* one short file that says everything, with the schema, the code and the datasets given by path, by URL or inline, and
+  the keys of a modelSpec at its top level.
+
+YAML is read wherever JSON is. What comes out is the same: a :class:`flame.spec.nouns.JobForm`, the code as a bundle,
+and the places where everything was written, so that a later complaint can name the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path as FilePath
+from typing import Any
+
+from flame.errors import SpecError, UsageError
+from flame.spec import bundle, datasets, normal
+from flame.spec.check import check_dataset, check_job, check_schema
+from flame.spec.nouns import Dataset, JobForm, Name, Schema
+from flame.spec.nouns import Form as _Form
+from flame.spec.override import apply_overrides, split
+from flame.spec.places import Places
+from flame.spec.read import SUFFIXES, parse, read, read_noun
+from flame.spec.shape import describe, listing, shape, suggestion
+
+__all__ = [
+    "DesignForm",
+    "JobBundle",
+    "apply_overrides",
+    "load_dataset",
+    "load_datasets",
+    "load_design",
+    "load_job",
+    "load_schema",
+]
+
+#: What a job file may give by path instead of inline.
+_BY_PATH = {"schema": "schemaPath", "dataSpec": "dataSpecPath", "modelSpec": "modelSpecPath", "code": "codePath"}
+#: Largest .json or .yaml file that is opened to see whether it describes a dataset or is the data.
+_PEEK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class JobBundle:
+    """A JOB, read and checked.
+
+    :ivar form: what to send to the server; ``form.code`` is the digest of ``archive``.
+    :ivar archive: the code as a bundle to upload; None when the job uses the code of a registered design.
+    :ivar places: where each part was written, for further complaints.
+    :ivar notes: sentences to tell the user: what was matched, what was left out.
+    :ivar design: what the files call the job's design, where the job brings schema and code itself.
+    :ivar folder: the folder that relative paths were read from.
+    """
+
+    form: JobForm
+    archive: bytes | None
+    places: Places
+    notes: tuple[str, ...]
+    design: str | None
+    folder: FilePath
+
+
+class DesignForm(_Form, frozen=True, kw_only=True):
+    """What a user writes to make a design."""
+
+    name: Name
+    description: str = ""
+
+
+def load_job(path: str | FilePath, overrides: Iterable[str] = (), *, registered: Collection[str] = ()) -> JobBundle:
+    """Read a JOB and check all of it that can be checked without a server.
+
+    :param path: a job folder or a job file.
+    :param overrides: ``path=value``, see :func:`flame.spec.override.apply_overrides`. ``schema=FILE``, ``code=PATH``,
+        ``modelSpec=FILE``, ``dataSpec=FILE`` exchange a whole part; such a path is relative to the current directory.
+    :param registered: ids of datasets that the server knows.
+    :raises flame.errors.UsageError: a file is not there or cannot be read; an override leads nowhere.
+    :raises flame.errors.SpecError: the job says something that cannot be.
+    """
+    return _Loader(FilePath(path).expanduser(), list(overrides), registered).load()
+
+
+def load_schema(source: str | FilePath) -> Schema:
+    """Read and check a schema from a file, or from standard input when ``source`` is ``-``."""
+    data, name = read_noun(source)
+    places = Places({(): (name, ())})
+    return check_schema(shape(normal.schema(data, name, lambda note: None), Schema, places), places)
+
+
+def load_dataset(source: str | FilePath) -> Dataset:
+    """Read and check one dataset from a file or from standard input."""
+    found = load_datasets(source)
+    if len(found) != 1:
+        raise SpecError(f"one dataset is expected here; there are {len(found)}.", str(source))
+    return found[0]
+
+
+def load_datasets(source: str | FilePath) -> list[Dataset]:
+    """Read datasets: a file with one or with a list, a folder with ``dataset*`` files, or standard input."""
+    path = FilePath(source).expanduser()
+    if str(source) != "-" and path.is_dir():
+        files = _dataset_files(path)
+        if not files:
+            raise UsageError(f"{source}: there is no dataset*.json or dataset*.yaml in this folder.")
+        return [dataset for file in files for dataset in load_datasets(file)]
+    data, name = read_noun(source)
+    base = FilePath.cwd() if str(source) == "-" else path.resolve().parent
+    several = isinstance(data, list)
+    found: list[Dataset] = []
+    for index, one in enumerate(data if several else [data]):
+        places = Places({(): (name, (index,) if several else ())})
+        one = normal.dataset(one, name, lambda note: None)
+        if isinstance(one, dict) and isinstance(one.get("url"), str):
+            one["url"] = datasets.locate(one["url"], base, places.where("url"))
+        found.append(check_dataset(shape(one, Dataset, places), places))
+    return found
+
+
+def load_design(source: str | FilePath) -> DesignForm:
+    """Read a design's name and description from a file or from standard input."""
+    data, name = read_noun(source)
+    if isinstance(data, dict):
+        data = {key: value for key, value in normal.present(data).items() if key not in ("id", "userId")}
+    return shape(data, DesignForm, Places({(): (name, ())}))
+
+
+def _dataset_files(folder: FilePath) -> list[FilePath]:
+    found = [
+        file
+        for file in folder.iterdir()
+        if file.name.lower().startswith("dataset") and file.suffix.lower() in SUFFIXES and file.is_file()
+    ]
+    return sorted(found, key=lambda file: datasets.natural(file.name))
+
+
+class _Loader:
+    """The state of reading one JOB: what was read so far, where, and what is to be told."""
+
+    def __init__(self, path: FilePath, overrides: list[str], registered: Collection[str]) -> None:
+        self.file = self._job_file(path)
+        self.folder = self.file.resolve().parent
+        self.places = Places({(): (self.file.name, ())})
+        self.notes: list[str] = []
+        self.registered = registered
+        self.overrides = overrides
+        #: Parts that the command line exchanges as a whole: key -> file.
+        self.exchanged: dict[str, FilePath] = {}
+
+    @staticmethod
+    def _job_file(path: FilePath) -> FilePath:
+        if path.is_dir():
+            found = [path / f"job{suffix}" for suffix in SUFFIXES if (path / f"job{suffix}").is_file()]
+            if len(found) > 1:
+                raise UsageError(
+                    f"{path}: there are {listing(file.name for file in found)}; name the one that is meant."
+                )
+            if not found:
+                raise UsageError(f"{path}: there is no job.yaml or job.json in this folder.")
+            return found[0]
+        if not path.exists():
+            raise UsageError(f"{path}: there is no such job folder or job file.")
+        return path
+
+    def load(self) -> JobBundle:
+        self._take_exchanges()
+        data = read(self.file, self.file.name)
+        if not isinstance(data, dict):
+            raise SpecError(
+                f"a job is an object with keys such as name and schema, not {describe(data)}.", self.file.name
+            )
+        data = normal.job(data, self.file.name, self.notes.append)
+        self._refuse_unknown(data)
+        job: dict[str, Any] = {
+            key: data[key]
+            for key in ("priority", "maxRunTime", "backend", "brokers", "policy", "registry")
+            if key in data
+        }
+        design = data.get("designId")
+        job["name"] = data.get("name", design or self.folder.name or "job")
+        job["schema"] = self._schema(data)
+        schema = shape(job["schema"], Schema, self.places.under("schema")) if job["schema"] is not None else None
+        archive, code_name = self._code(data, schema)
+        job["code"] = bundle.digest(archive) if archive is not None else None
+        if design is not None and (schema is None or archive is None):
+            job["designId"] = design
+        job["modelSpec"] = self._model_spec(data, job)
+        job["dataSpec"], job["datasets"] = self._data(data, schema)
+        form = shape(job, JobForm, self.places)
+        form = apply_overrides(form, self.overrides, self.places, self.notes)
+        if schema is not None and archive is None and form.design_id is None:
+            raise SpecError(
+                "the job has no code: give the roles' folders as a zip, as a folder 'code', or by the key code.",
+                self.file.name,
+            )
+        code = bundle.folders(archive, code_name) if archive is not None else None
+        form = check_job(form, code=code, code_name=code_name, datasets=self.registered, places=self.places)
+        return JobBundle(form, archive, self.places, tuple(self.notes), design, self.folder)
+
+    def _take_exchanges(self) -> None:
+        kept: list[str] = []
+        for override in self.overrides:
+            steps, value = split(override)
+            if (
+                len(steps) == 1
+                and steps[0] in _BY_PATH
+                and isinstance(parse(value, f"--set {override}", json_only=False), str)
+            ):
+                self.exchanged[steps[0]] = FilePath(value.strip()).expanduser().resolve()
+            else:
+                kept.append(override)
+        self.overrides = kept
+
+    def _refuse_unknown(self, data: dict[str, Any]) -> None:
+        fields = ["name", "designId", "schema", "code", "datasets", "dataSpec", "modelSpec", *_BY_PATH.values()]
+        fields += [*normal.MODEL_KEYS, "backend", "brokers", "priority", "maxRunTime", "registry", "policy"]
+        for key in data:
+            if key not in fields:
+                raise SpecError(f"unknown key {key!r}; {suggestion(key, fields, 'the keys of a job')}", self.file.name)
+        for key, by_path in _BY_PATH.items():
+            if key in data and by_path in data:
+                raise SpecError(f"{key} and {by_path} say the same thing; keep one of them.", self.file.name)
+
+    def _name(self, path: FilePath) -> str:
+        """What to call a file: relative to the job's folder where it lies in it."""
+        path = path.resolve()
+        return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else str(path)
+
+    def _part(self, data: dict[str, Any], key: str) -> tuple[Any, FilePath | None]:
+        """One part of the job: inline, from the file that is named, or from the file with the usual name; None if there is none.
+
+        Gives the file that it was read from; None for inline.
+        """
+        if key in self.exchanged:
+            path = self.exchanged[key]
+        else:
+            value = data.get(key, data.get(_BY_PATH[key]))
+            if value is not None and not isinstance(value, str):
+                return value, None
+            if isinstance(value, str):
+                path = self.folder / FilePath(value).expanduser()
+            else:
+                found = [
+                    self.folder / f"{key}{suffix}" for suffix in SUFFIXES if (self.folder / f"{key}{suffix}").is_file()
+                ]
+                if not found:
+                    return None, None
+                path = found[0]
+        return read(path, self._name(path)), path
+
+    def _schema(self, data: dict[str, Any]) -> Any:
+        schema, path = self._part(data, "schema")
+        name = self.file.name
+        if path is not None:
+            name = self._name(path)
+            self.places.put(("schema",), name)
+        return normal.schema(schema, name, self.notes.append)
+
+    def _model_spec(self, data: dict[str, Any], job: dict[str, Any]) -> Any:
+        spec, path = self._part(data, "modelSpec")
+        spec = normal.model_spec({} if spec is None else spec)
+        if path is not None:
+            self.places.put(("modelSpec",), self._name(path))
+        if not isinstance(spec, dict):
+            return spec
+        if "registry" in spec:
+            if "registry" in job:
+                raise SpecError(
+                    "the registry is given twice, here and in the job file; keep one.",
+                    self.places.where("modelSpec", "registry"),
+                )
+            job["registry"] = spec.pop("registry")
+            self.places.put(
+                ("registry",),
+                self._name(path) if path else self.file.name,
+                ("registry",) if path else ("modelSpec", "registry"),
+            )
+        for key in normal.MODEL_KEYS:
+            if key not in data:
+                continue
+            mine, theirs = data[key], spec.get(key)
+            if isinstance(mine, dict) and isinstance(theirs, dict) and key == "hyperparameters":
+                for inner in mine:
+                    self.places.put(("modelSpec", key, inner), self.file.name, (key, inner))
+                spec[key] = {**theirs, **mine}
+            elif theirs is not None:
+                raise SpecError(f"{key} is given twice, here and in the modelSpec; keep one.", self.places.where(key))
+            else:
+                self.places.put(("modelSpec", key), self.file.name, (key,))
+                spec[key] = mine
+        return spec
+
+    def _code(self, data: dict[str, Any], schema: Schema | None) -> tuple[bytes | None, str]:
+        roles = [role.name for role in schema.roles] if schema is not None else None
+        source = self._code_source(data, roles)
+        if source is None:
+            return None, "the code"
+        name = self._name(source)
+        return bundle.pack(source, roles, name), "the job's folder" if name == "." else name
+
+    def _code_source(self, data: dict[str, Any], roles: list[str] | None) -> FilePath | None:
+        if "code" in self.exchanged:
+            return self.exchanged["code"]
+        value = data.get("code", data.get("codePath"))
+        if value is not None:
+            if not isinstance(value, str):
+                raise SpecError(
+                    f"must be the path of a folder or a zip, not {describe(value)}.", self.places.where("code")
+                )
+            return self.folder / FilePath(value).expanduser()
+        zips = sorted(file for file in self.folder.iterdir() if file.suffix.lower() == ".zip" and file.is_file())
+        if len(zips) > 1:
+            raise SpecError(
+                f"there are several zips ({listing(file.name for file in zips)}); say which by the key code.",
+                self.file.name,
+            )
+        if zips:
+            return zips[0]
+        if (self.folder / "code").is_dir():
+            return self.folder / "code"
+        if roles and any((self.folder / role / bundle.MAIN).is_file() for role in roles):
+            return self.folder
+        return None
+
+    def _data(self, data: dict[str, Any], schema: Schema | None) -> tuple[Any, list[dict[str, Any]]]:
+        """The dataSpec, and the datasets that the job brings and uses."""
+        spec, path = self._part(data, "dataSpec")
+        local: list[datasets.Local] = []
+        given = data.get("datasets")
+        if given is None:
+            local = [self._described(file) for file in _dataset_files(self.folder)]
+        elif spec is not None:
+            self._brought(given if isinstance(given, list) else [given], local, ("datasets",))
+        if spec is not None:
+            name = self._name(path) if path is not None else self.file.name
+            inside = () if path is not None else ("dataSpec",)
+            spec = datasets.entries(spec, schema, self.places, self.notes, file=name, inside=inside)
+        elif given is not None or local:
+            spec = self._derived(given, local, schema)
+        else:
+            spec = []
+        used = datasets.match(spec, local, self.registered, self.places, self.notes)
+        for index, one in enumerate(used):
+            self.places.put(("datasets", index), one.file, one.inside)
+        return spec, [one.data for one in used]
+
+    def _derived(self, given: Any, local: list[datasets.Local], schema: Schema | None) -> Any:
+        """A dataSpec for datasets that come without one: by role and group as they are listed, or all to the only place."""
+        where = self.places.where("datasets") if given is not None else self.file.name
+        if given is None:
+            _number(local)
+            refs: Any = [one.data["id"] for one in local]
+            return datasets.entries(refs, schema, self.places, self.notes, file=self.file.name, inside=())
+        nested: dict[str, dict[str, list[str]]] = {}
+        ranges: list[tuple[str, str, int, int]] = []
+        for role, group, items, path in datasets.by_role(given, schema, where):
+            if not isinstance(items, list):
+                raise SpecError(
+                    f"must be a list of datasets, not {describe(items)}.", self.places.where("datasets", *path)
+                )
+            start = len(local)
+            self._brought(items, local, ("datasets", *path))
+            ranges.append((role, group, start, len(local)))
+        _number(local)
+        for role, group, start, stop in ranges:
+            nested.setdefault(role, {})[group] = [str(one.data["id"]) for one in local[start:stop]]
+        return datasets.entries(nested, schema, self.places, self.notes, file=self.file.name, inside=("datasets",))
+
+    def _brought(self, items: list[Any], local: list[datasets.Local], path: tuple[str | int, ...]) -> None:
+        """Datasets that the job file lists: paths of data or of descriptions, URLs, or descriptions inline."""
+        for index, item in enumerate(items):
+            inside = (*path, index)
+            where = self.places.where(*inside)
+            if isinstance(item, str):
+                file = self.folder / item
+                if file.suffix.lower() in SUFFIXES and file.is_file() and _describes_dataset(file):
+                    local.append(self._described(file))
+                    continue
+                url = datasets.locate(item, self.folder, where)
+                one: Any = {"name": datasets.stem(url), "url": url}
+                local.append(datasets.Local(one, repr(item), (item,), self.file.name, inside))
+            elif isinstance(item, dict):
+                one = normal.dataset(item, where, self.notes.append)
+                if isinstance(one.get("url"), str):
+                    one["url"] = datasets.locate(one["url"], self.folder, self.places.where(*inside, "url"))
+                    one.setdefault("name", datasets.stem(one["url"]))
+                label = repr(one.get("name", f"dataset {index}"))
+                shape(one, Dataset, Places({(): (self.file.name, inside)}))
+                local.append(datasets.Local(one, label, (), self.file.name, inside))
+            else:
+                raise SpecError(f"must be a path, a URL or an object, not {describe(item)}.", where)
+
+    def _described(self, file: FilePath) -> datasets.Local:
+        """A dataset file of the job's folder."""
+        name = self._name(file)
+        one = normal.dataset(read(file, name), name, self.notes.append)
+        if isinstance(one, dict) and isinstance(one.get("url"), str):
+            one["url"] = datasets.locate(one["url"], file.resolve().parent, f"{name}: url")
+        shape(one, Dataset, Places({(): (name, ())}))
+        return datasets.Local(one, name, (file.stem,), name, ())
+
+
+def _describes_dataset(file: FilePath) -> bool:
+    """Whether a JSON or YAML file describes a dataset, rather than being the data."""
+    if file.stat().st_size > _PEEK:
+        return False
+    try:
+        data = read(file)
+    except SpecError:
+        return False
+    return isinstance(data, dict) and isinstance(data.get("url"), str)
+
+
+def _number(local: list[datasets.Local]) -> None:
+    """Give each dataset without an id one: its name, with a part of its URL's hash where names are alike."""
+    names = [one.data.get("name") for one in local]
+    for one in local:
+        if one.data.get("id") is None:
+            name = str(one.data.get("name"))
+            if names.count(name) > 1:
+                name += "-" + hashlib.sha256(str(one.data.get("url")).encode()).hexdigest()[:8]
+            one.data["id"] = re.sub(r"\s+", "-", name)
+            one.words = {one.data["id"]}
