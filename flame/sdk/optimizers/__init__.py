@@ -20,7 +20,16 @@ optimizers: Plugins[Optimizer] = Plugins(
         "fedadam": f"{_HERE}.fedadam:FedAdam",
         "fedavg": f"{_HERE}.fedavg:FedAvg",
         "fedavgm": f"{_HERE}.fedavgm:FedAvgM",
+        "fedbuff": f"{_HERE}.fedbuff:FedBuff",
+        "feddyn": f"{_HERE}.feddyn:FedDyn",
+        "fedgft": f"{_HERE}.fedgft:FedGFT",
+        "fedprox": f"{_HERE}.fedprox:FedProx",
         "fedyogi": f"{_HERE}.fedyogi:FedYogi",
+        "krum": f"{_HERE}.krum:Krum",
+        "median": f"{_HERE}.median:Median",
+        "multikrum": f"{_HERE}.krum:MultiKrum",
+        "scaffold": f"{_HERE}.scaffold:Scaffold",
+        "trimmedmean": f"{_HERE}.trimmedmean:TrimmedMean",
     },
 )
 make = optimizers.make

@@ -53,8 +53,24 @@ class Regularizer:
         """A round begins at the trainer: the global model and the algorithm's further arrays have arrived."""
 
     def finish(self, weights: Weights, steps: int, learning_rate: float) -> Weights:
-        """Local training is done; gives the arrays to send beside the update (may be empty)."""
+        """Local training is done; gives the arrays to send beside the update (may be empty).
+
+        :param weights: the trainer's model.
+        :param steps: how many local steps were made.
+        :param learning_rate: of the local SGD.
+        """
         return {}
+
+    def gradient(self, weights: Weights) -> Weights:
+        """The term's gradient at ``weights`` by tensor, for trainers without autograd; empty: there is no term."""
+        return {}
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What the trainer must keep from round to round, and over a restart."""
+        return {}
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take up the state of an earlier process."""
 
 
 class Optimizer(abc.ABC):
@@ -67,6 +83,9 @@ class Optimizer(abc.ABC):
     sort: ClassVar[str]
     #: False for rules that must keep all updates of a round.
     streaming: ClassVar[bool] = True
+    #: True for rules whose updates may start from different models (asynchronous ones): a trainer then sends, as
+    #: ``weights``, what :func:`difference` makes of its model and the one that it started from.
+    differences: ClassVar[bool] = False
 
     @abc.abstractmethod
     def begin(self, weights: Weights, round: int) -> None:
@@ -97,6 +116,19 @@ class Optimizer(abc.ABC):
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take up the state of an earlier process."""
+
+
+def difference(weights: Weights, start: Weights) -> dict[str, Any]:
+    """What local training changed: floating tensors minus those it started from, others as they are.
+
+    Counters are not subtracted, because unsigned integers and booleans know no negative difference.
+    """
+    return {name: array - start[name] if is_floating(array) else array for name, array in weights.items()}
+
+
+def is_floating(tensor: Any) -> bool:
+    """True for a tensor (numpy's or PyTorch's) of a floating type."""
+    return "float" in str(tensor.dtype)
 
 
 def check_update(weights: Weights, update: Weights, end: str) -> None:

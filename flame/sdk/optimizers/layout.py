@@ -1,7 +1,7 @@
 """Models as a few flat vectors.
 
-All optimizers do their arithmetic on flat vectors, one for each accumulating type, because a model of 160 small tensors would else
-cost hundreds of numpy calls for each update. Tensors that lie next to each other in memory (the codec's
+All optimizers do their arithmetic on flat vectors, one for each accumulating type, because a model of 160 small
+tensors would else cost hundreds of numpy calls for each update. Tensors that lie next to each other in memory (the codec's
 views of one received message, the models we make ourselves) are taken as one long array, a *run*.
 """
 
@@ -152,7 +152,7 @@ class Layout:
         if len(weights) != len(self.slots):
             self._misfit(weights, end)
         found: list[Run] = []
-        # By group and dtype, the stretch that grows: its first slot and array, and the address and index at which it goes on.
+        # By group and dtype, the stretch that grows: its first slot and array, the address and index where it goes on.
         growing: dict[tuple[str, np.dtype[Any]], tuple[Slot, Array, int, int]] = {}
         for slot in self.slots:
             array = weights.get(slot.name)

@@ -18,7 +18,7 @@ from flame.sdk.optimizers.sums import WeightedSum, blocks
 
 
 class ServerStep(FedAvg):
-    """Base of optimizers with state vectors of the model's size. Memory: that of FedAvg, and one model a state vector."""
+    """Base of optimizers with state of the model's size. Memory: that of FedAvg, and one model for each state vector."""
 
     apart = True
     #: The names of the state vectors, in the order in which :meth:`move` takes them.

@@ -3,10 +3,11 @@
 An aggregator may hold the model, one accumulator and one update in flight. So everything works in place, in
 blocks that stay in a core's second-level cache; numpy releases the GIL within each block.
 
-**Precision.** Sums are kept in float32 for float32, float16 and bfloat16 tensors, in float64 for float64, integers and booleans (the
-counters of normalisation layers are few and small). A float64 sum of a float32 model would be twice its size, and a
-compensated one too, and break the memory bound. The error of a float32 sum of n terms is at most (n-1) u of the sum of magnitudes, with
-u = 6e-8, and about sqrt(n) u in practice: 6e-7 for a hundred trainers, 2e-6 for a thousand.
+**Precision.** Sums are kept in float32 for float32, float16 and bfloat16 tensors, in float64 for float64, integers and
+booleans (the counters of normalisation layers are few and small). A float64 sum of a float32 model would be twice its
+size, and a compensated one too, and break the memory bound. The error of a float32 sum of n terms is at most (n-1) u
+of the sum of magnitudes, with u = 6e-8, and about sqrt(n) u in practice: 6e-7 for a hundred trainers, 2e-6 for a
+thousand.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ def _accumulate(target: Array, values: Array, scale: float, *, first: bool) -> N
 class Buffers:
     """Vectors that are used again, round after round: the old model's become the next accumulator's.
 
-    A buffer is handed out again only when nobody refers to it any more; whoever still holds the model of an earlier round
-    (a slow receiver, a background upload) keeps it unchanged, and another one is made.
+    A buffer is handed out again only when nobody refers to it any more; whoever still holds the model of an earlier
+    round (a slow receiver, a background upload) keeps it unchanged, and another one is made.
     """
 
     def __init__(self) -> None:
