@@ -358,6 +358,10 @@ class Channel:
             arrival.message = self._open(end, arrival)
         return arrival.message, datetime.fromtimestamp(arrival.time)
 
+    def heard(self) -> list[str]:
+        """The ends, also those that have left, of which a message waits to be received."""
+        return self._inbox.heard()
+
     def drain(self, ends: Collection[str] | None = None) -> int:
         """Drop what has arrived and was not received, of all ends or some; returns how many messages."""
         return self._inbox.drain(ends)

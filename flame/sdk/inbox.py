@@ -183,6 +183,11 @@ class Inbox:
         with self.condition:
             return not self._queued(end)
 
+    def heard(self) -> list[str]:
+        """The ends, also those that have left, of which a message waits to be taken."""
+        with self.condition:
+            return [end for end in [*self.present, *self._left] if self._queued(end)]
+
     def close(self, reason: str) -> None:
         """All ends are gone, and nothing is taken in any more; whoever waits is told."""
         for end in list(self.present):
