@@ -66,13 +66,17 @@ def read_file() -> Settings:
     return Settings(**values)
 
 
-def read() -> Settings:
-    """What is configured: the variables, and where they say nothing, the file.
+def resolve(server: str | None = None, token: str | None = None) -> Settings:
+    """What holds: the arguments, else the variables, else the file.
+
+    A token in the file is for the server in the file: it is not sent to another one that an argument or a variable names.
 
     :raises flame.errors.SpecError: see :func:`read_file`.
     """
     file = read_file()
-    return Settings(os.environ.get("FLAME_SERVER") or file.server, os.environ.get("FLAME_TOKEN") or file.token)
+    chosen = server or os.environ.get("FLAME_SERVER") or file.server
+    kept = file.token if chosen == file.server else None
+    return Settings(chosen, token or os.environ.get("FLAME_TOKEN") or kept)
 
 
 def write(settings: Settings) -> Path:

@@ -77,7 +77,7 @@ async def insist(call: Callable[[], Awaitable[T]], *, patience: float | None = N
             await backoff.failed(error)
 
 
-async def follow(
+async def resumed(
     session: Session,
     path: str,
     *,

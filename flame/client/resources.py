@@ -14,7 +14,7 @@ import msgspec
 from flame.client.http import Query, Session
 from flame.errors import NotFound
 from flame.spec.nouns import Dataset, Schema
-from flame.spec.records import DatasetRecord, Design, Record, Task
+from flame.spec.records import DatasetRecord, Design, Record
 
 T = TypeVar("T")
 _PAGE = 500
@@ -49,14 +49,14 @@ async def pages(session: Session, path: str, of: type[T], **query: str | None) -
             return items
 
 
-class _Noun:
+class Noun:
     """Requests about one kind of thing."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
 
-class Designs(_Noun):
+class Designs(Noun):
     """Named workflows: a schema and the code of its roles."""
 
     async def create(self, name: str, description: str = "") -> Design:
@@ -82,7 +82,7 @@ class Designs(_Noun):
         await self._session.call("DELETE", f"/v1/designs/{id}")
 
 
-class Schemas(_Noun):
+class Schemas(Noun):
     """The schema of each design."""
 
     async def put(self, design: str, schema: Schema) -> None:
@@ -98,7 +98,7 @@ class Schemas(_Noun):
         await self._session.call("DELETE", f"/v1/designs/{design}/schema")
 
 
-class Codes(_Noun):
+class Codes(Noun):
     """The code of each design, and the bundles in which it lies."""
 
     async def upload(self, bundle: bytes) -> str:
@@ -131,7 +131,7 @@ class Codes(_Noun):
         await self._session.call("DELETE", f"/v1/designs/{design}/code")
 
 
-class Datasets(_Noun):
+class Datasets(Noun):
     """Data registered by URL and realm."""
 
     async def create(self, dataset: Dataset) -> DatasetRecord:
@@ -163,6 +163,3 @@ class ServerInfo(Record, kw_only=True):
     computes: list[Any] = msgspec.field(default_factory=list)
     registry: Any = None
     data_dir: str = ""
-
-
-__all__ = ["Codes", "Datasets", "Designs", "Page", "Schemas", "ServerInfo", "Task", "pages"]

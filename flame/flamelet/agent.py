@@ -16,7 +16,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flame.client.follow import follow, insist
+from flame.client.follow import insist, resumed
 from flame.client.http import Session
 from flame.errors import FlameError, Forbidden, NotFound, Unauthorized
 from flame.flamelet.child import Child
@@ -115,7 +115,7 @@ class Agent:
     async def _listen(self) -> None:
         """Take the server's orders."""
         path = f"{self._url}/events"
-        async with aclosing(follow(self._session, path, query=self._query, patience=self._patience)) as events:
+        async with aclosing(resumed(self._session, path, query=self._query, patience=self._patience)) as events:
             async for event in events:
                 if event.type == "start":
                     self._started.set()

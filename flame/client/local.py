@@ -1,0 +1,75 @@
+"""Servers on this machine: the one that runs in a data directory, or a private one that is started in it.
+
+A private server (`python -m flame serve --private`) lives as long as somebody is attached to it, and ends by itself
+(:mod:`flame.client.attach`). This module imports next to nothing, so that `flame run` can start one before it
+imports the rest; the two then load side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from flame.errors import ServerUnreachable
+
+
+def running(data_dir: Path) -> str | None:
+    """The address of the server that runs in a data directory, if its process is there."""
+    try:
+        url, pid = address((data_dir / "server.json").read_bytes())
+        os.kill(pid, 0)
+    except (OSError, OverflowError, ValueError):
+        return None
+    return url
+
+
+def address(text: bytes) -> tuple[str, int]:
+    """What a server says of itself in ``server.json``, and a private one in the first line that it prints: URL and pid.
+
+    :raises ValueError: this is not it.
+    """
+    try:
+        said = json.loads(text)
+        return str(said["url"]), int(said["pid"])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{text!r} is no server's address") from error
+
+
+class PrivateServer:
+    """A private server that was asked to start.
+
+    :param data_dir: its data directory.
+    :raises flame.errors.ServerUnreachable: the directory cannot be written.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.log = data_dir / "server.log"
+        command = ["serve", "--private", "--port", "0", "--data-dir", str(data_dir)]
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as log:
+                self._begin = log.tell()
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "flame", *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,  # a Ctrl-C in the terminal is for the command, which stops the job first
+                )
+        except OSError as error:
+            raise ServerUnreachable(f"No server can be started in {data_dir}: {error.strerror or error}.") from error
+
+    def complaint(self) -> str:
+        """Why it ended instead of starting, in its own words."""
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            lines = log.read().decode("utf-8", "replace").strip().splitlines()
+        said = lines[-1] if lines else f"status {self.process.returncode}"
+        return f"The private server did not start: {said} (its log is {self.log})."
+
+    def end(self) -> None:
+        """End it, although nobody was attached to it yet."""
+        self.process.terminate()
