@@ -90,7 +90,7 @@ def test_batch_norm_counters_of_pytorch_survive():
     result = average(states, [1, 1, 1])
     assert result["num_batches_tracked"].dtype == np.int64
     assert result["num_batches_tracked"] == 4
-    norms[0].load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in result.items()})
+    norms[0].load_state_dict({name: torch.from_numpy(value) for name, value in result.items()})
 
 
 def test_bfloat16_of_pytorch_is_averaged_in_float32():

@@ -179,14 +179,14 @@ class Layout:
         """The model whose values are in ``flat``: views of it where the dtype is the accumulating one."""
         model = {}
         for slot in self.slots:
-            values = flat[slot.group][slot.start : slot.stop].reshape(slot.shape)
+            values = flat[slot.group][slot.start : slot.stop]
             if slot.dtype == BFLOAT16:
                 values = narrow(values)
             elif slot.dtype != values.dtype:
                 if slot.group == COUNTED:
                     values = np.rint(values)
                 values = values.astype(slot.dtype)
-            model[slot.name] = values
+            model[slot.name] = values.reshape(slot.shape)
         return model
 
     def named(self, prefix: str, flat: Flat) -> dict[str, Array]:
