@@ -1,0 +1,217 @@
+"""How the life of a job is written down and told: from states to the fields of records, to events, and back.
+
+The records and streams are what the world sees and what a restarted server starts from; the
+:class:`~flame.controller.lifecycle.JobLife` is what decides. This module translates between the two, and does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from flame.controller.context import StoredTask
+from flame.controller.lifecycle import Action, Clock, Enter, JobLife, TaskLife, Warn, quorums
+from flame.spec.nouns import RoundPolicy
+from flame.spec.records import Event, Job, JobState, Round, Task, TaskState
+
+#: The most warnings that are kept with a job; more of them go into its stream alone.
+WARNINGS = 100
+
+Entry = tuple[str, dict[str, Any]]
+
+
+def job_stream(job: str) -> str:
+    """The name of the stream of all that happens in a job."""
+    return f"job/{job}"
+
+
+def rounds_stream(job: str) -> str:
+    """The name of the stream of an ended job's rounds."""
+    return f"rounds/{job}"
+
+
+def task_stream(task: str, attempt: int) -> str:
+    """The name of the stream that a flamelet follows."""
+    return f"task/{task}.{attempt}"
+
+
+def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
+    """What decides about a job, from its records. Which workers there are is not in them."""
+    assert job.form.schema is not None
+    consumers = {role.name for role in job.form.schema.roles if role.is_data_consumer}
+    return JobLife(
+        name=job.name,
+        state=job.state,
+        tasks=MappingProxyType(
+            {
+                task.id: TaskLife(
+                    id=task.id,
+                    role=task.role,
+                    state=task.state,
+                    attempt=task.attempt,
+                    connected=task.state is not TaskState.DEPLOYING and task.attempt > 0,
+                    replaced=task.replaced,
+                    failure=task.failure,
+                )
+                for task in tasks
+            }
+        ),
+        quorum=quorums([(task.role, task.role in consumers) for task in tasks], fewest_of(job.form.policy)),
+        clock=job.running_at is not None,
+        failure=job.failure,
+    )
+
+
+def with_workers(job: JobLife, there: set[tuple[str, int]], begun: set[tuple[str, int]]) -> JobLife:
+    """What decides about a job, once it is known which workers there are.
+
+    :param there: task and attempt of each worker.
+    :param begun: those of them that were told to start.
+    """
+    tasks = {
+        task.id: replace(
+            task,
+            live=frozenset(attempt for owner, attempt in there if owner == task.id),
+            connected=task.connected or (task.id, task.attempt) in begun,
+        )
+        for task in job.tasks.values()
+    }
+    return replace(job, tasks=tasks)
+
+
+def fewest_of(policy: RoundPolicy) -> int | None:
+    """How many data-consuming workers of a role are enough; None: all are needed.
+
+    ``minTrainers`` is 1 where nobody has set it, and a job that says nothing has not said that it can do without
+    its trainers. One that asks for two or more, or that gives its rounds a deadline, has.
+    """
+    return policy.min_trainers if policy.min_trainers > 1 or policy.round_deadline is not None else None
+
+
+def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]:
+    """What changes in a task's record; empty where only something changed that no record holds."""
+    fields: dict[str, Any] = {}
+    if after.attempt != before.attempt:
+        fields = {
+            "attempt": after.attempt,
+            "replaced": after.replaced,
+            "started_at": now,
+            "compute": None,
+            "worker": None,
+            "reason": "Its worker is being started.",
+        }
+    if after.state is not before.state:
+        fields["state"] = after.state
+        if after.state is not TaskState.DEPLOYING:
+            fields["reason"] = None
+        if after.state.ended:
+            fields |= {"ended_at": now, "failure": after.failure}
+    return fields
+
+
+def job_fields(job: Job, before: JobLife, after: JobLife, actions: Iterable[Action], now: float) -> dict[str, Any]:
+    """What changes in a job's record."""
+    fields: dict[str, Any] = {}
+    warnings = list(job.warnings)
+    for action in actions:
+        match action:
+            case Enter(state=state):
+                fields |= {"state": state, "reason": None}
+                if state is JobState.STARTING:
+                    fields["started_at"] = now
+                if state.ended:
+                    fields["ended_at"] = now
+            case Clock():
+                fields["running_at"] = now
+            case Warn(message=message):
+                warnings.append(message)
+            case _:
+                pass
+    if after.failure is not before.failure:
+        fields["failure"] = after.failure
+    if after.state is JobState.FAILED:
+        warnings += also_failed(after)
+    if warnings != job.warnings:
+        fields["warnings"] = list(dict.fromkeys(warnings))[:WARNINGS]
+    return fields
+
+
+def also_failed(job: JobLife) -> list[str]:
+    """What failed beside the task that the job's failure names; where two fail at once, either may be the cause."""
+    cause = job.failure.task if job.failure is not None else None
+    return [
+        f"Task {task.id} ({task.role}) failed too: {task.failure.message}"
+        for task in job.tasks.values()
+        if task.failure is not None and task.id != cause
+    ]
+
+
+def task_news(task: Task) -> Entry:
+    """The event that tells of a task's state."""
+    data: dict[str, Any] = {
+        "task": task.id,
+        "role": task.role,
+        "index": task.index,
+        "state": task.state.value,
+        "attempt": task.attempt,
+    }
+    if task.reason is not None:
+        data["reason"] = task.reason
+    if task.failure is not None:
+        data["failure"] = msgspec.to_builtins(task.failure)
+    return "task", data
+
+
+def job_news(job: Job, state: JobState | None = None) -> Entry:
+    """The event that tells of a job's state, or of one that it has just passed through."""
+    data: dict[str, Any] = {"state": (state or job.state).value}
+    if job.reason is not None:
+        data["reason"] = job.reason
+    if job.failure is not None:
+        data["failure"] = msgspec.to_builtins(job.failure)
+    return "job", data
+
+
+def ends(event: Event) -> bool:
+    """Whether an event is the last of its job's stream."""
+    return event.type == "job" and JobState(event.data["state"]).ended
+
+
+@dataclass
+class History:
+    """What the stream of a job says to a server that starts again.
+
+    :ivar state: the job's state as it was told last.
+    :ivar tasks: each task's state and attempt as they were told last.
+    :ivar heard: for each attempt of each task, the number of the last report in the stream.
+    :ivar rounds: the rounds so far.
+    """
+
+    state: str | None = None
+    tasks: dict[str, tuple[str, int]] = field(default_factory=dict)
+    heard: dict[tuple[str, int], int] = field(default_factory=dict)
+    rounds: list[Round] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        data = event.data
+        if event.type == "job":
+            self.state = data["state"]
+        elif event.type == "task":
+            self.tasks[data["task"]] = (data["state"], data["attempt"])
+        elif event.type == "round":
+            self.rounds.append(Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"]))
+        if "report" in data:
+            key = (data["task"], data["attempt"])
+            self.heard[key] = max(self.heard.get(key, 0), data["report"])
+
+    def untold(self, job: Job, tasks: Iterable[Task]) -> list[Entry]:
+        """What the records say and the stream does not: the server was killed between the two."""
+        news = [task_news(t) for t in tasks if t.attempt and self.tasks.get(t.id) != (t.state.value, t.attempt)]
+        if self.state != job.state.value and job.state is not JobState.READY:
+            news.append(job_news(job))
+        return news

@@ -1,0 +1,135 @@
+"""What everything in the controller works with, in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flame.controller.artifacts import Artifacts
+from flame.controller.keys import Keys
+from flame.controller.leases import Leases
+from flame.controller.logs import Logs
+from flame.controller.shelf import Shelf
+from flame.notifier import Notifier
+from flame.runners.base import Runner
+from flame.spec.nouns import Broker, Registry
+from flame.spec.records import DatasetRecord, Design, Job, Task
+from flame.store import Store
+
+log = logging.getLogger("flame.controller")
+
+
+class StoredTask(Task, kw_only=True):
+    """A task with what the server alone needs to know of it: how many lost workers were replaced."""
+
+    replaced: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an operator chooses.
+
+    :ivar data_dir: the server's data directory.
+    :ivar server: the address at which workers reach the server.
+    :ivar slots: how many workers may be there at once; None: what the runner says.
+    :ivar lease: after how many seconds without a word a worker counts as lost.
+    :ivar deploy: after how many seconds a worker counts as lost that has never said a word.
+    :ivar grace: how many seconds a worker gets to end by itself when it is asked to.
+    :ivar parting: how many seconds a worker gets to leave once its task has ended.
+    :ivar registry: where metrics and models go when a job does not say.
+    :ivar brokers: meeting points of backends, for jobs that name none of that sort.
+    :ivar largest_artifact: in bytes.
+    """
+
+    data_dir: Path
+    server: str = "http://127.0.0.1:10100"
+    slots: int | None = None
+    lease: float = 20.0
+    deploy: float = 120.0
+    grace: float = 5.0
+    parting: float = 5.0
+    registry: Registry = field(default_factory=lambda: Registry(sort="local"))
+    brokers: tuple[Broker, ...] = ()
+    largest_artifact: int = 64 << 30
+
+
+class Background:
+    """Coroutines that run beside the requests. A failure of one is logged; none is forgotten."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine from now on; after :meth:`close` nothing begins any more."""
+        if self._closed:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    async def drain(self) -> None:
+        """Wait until nothing runs any more."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def close(self) -> None:
+        """Cancel what still runs."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("something in the background failed: %s", error, exc_info=error)
+
+
+class Context:
+    """The controller's surroundings: state, streams, computes, files, keys and the operator's choices.
+
+    :param lost: told the key of a lease that ran out, ``(job, task, attempt)``.
+    :param freed: called when a worker is gone or a job has ended, that is, when others may have room.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        notifier: Notifier,
+        runners: Mapping[str, Runner],
+        keys: Keys,
+        options: Options,
+        *,
+        lost: Callable[[Any], None],
+        freed: Callable[[], None],
+    ) -> None:
+        self.store = store
+        self.notifier = notifier
+        self.runners = runners
+        self.keys = keys
+        self.options = options
+        self.freed = freed
+        self.leases = Leases(options.lease, lost)
+        self.logs = Logs(options.data_dir / "logs")
+        self.artifacts = Artifacts(options.data_dir / "artifacts", options.largest_artifact)
+        self.background = Background()
+        self.jobs: Shelf[Job] = Shelf(store, "jobs", Job)
+        self.tasks: Shelf[StoredTask] = Shelf(store, "tasks", StoredTask)
+        self.designs: Shelf[Design] = Shelf(store, "designs", Design)
+        self.datasets: Shelf[DatasetRecord] = Shelf(store, "datasets", DatasetRecord)
+
+    @property
+    def runner(self) -> Runner:
+        """Where workers are started: the one compute there is."""
+        return self.runners[self.compute]
+
+    @property
+    def compute(self) -> str:
+        """The name of that compute."""
+        return next(iter(self.runners))

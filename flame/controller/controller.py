@@ -1,0 +1,350 @@
+"""The controller: what happens next to every job.
+
+It keeps a :class:`~flame.controller.supervisor.Supervisor` for each job that is under way, admits waiting jobs when
+there is room, hands reports of workers and news of runners to the supervisor they concern, and, when a server starts,
+takes up again what an earlier process has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from flame.controller import lifecycle as life
+from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
+from flame.controller.catalog import Catalog
+from flame.controller.context import Context, Options, log
+from flame.controller.keys import Keys
+from flame.controller.placement import Waiting, admit, priority
+from flame.controller.recovery import recover
+from flame.controller.shelf import Saved
+from flame.controller.submission import Submission
+from flame.controller.supervisor import Supervisor
+from flame.errors import Conflict, Forbidden, NotFound, Unauthorized
+from flame.notifier import Notifier
+from flame.runners.base import Runner, WorkerExit, WorkerInfo
+from flame.spec.nouns import JobForm, Registry, TaskConfig
+from flame.spec.records import Event, Job, JobState, Manifest, Round, Task
+from flame.store import Store
+
+#: Slots a core, where nobody has said how many workers a host takes.
+SLOTS_PER_CORE = 8
+
+
+class Controller:
+    """All jobs of a server. Made by :meth:`open`, let go of by :meth:`close`; the workers outlive it.
+
+    :param store: the state.
+    :param notifier: the event streams.
+    :param runners: the computes by name; the first is where workers are started.
+    :param keys: what makes the workers' keys.
+    :param options: what the operator has chosen.
+    """
+
+    def __init__(
+        self, store: Store, notifier: Notifier, runners: Mapping[str, Runner], keys: Keys, options: Options
+    ) -> None:
+        self.context = Context(
+            store, notifier, runners, keys, options, lost=self._lease_lost, freed=self._something_freed
+        )
+        self.catalog = Catalog(self.context)
+        self._submission = Submission(self.context, self.catalog)
+        self._active: dict[str, Supervisor] = {}
+        self._of_task: dict[str, Supervisor] = {}
+        self._waking = asyncio.Lock()
+        self._looking = False
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self.slots: int | None = options.slots
+
+    async def open(self) -> None:
+        """Connect to the computes and take up what an earlier process of the server has left."""
+        for runner in self.context.runners.values():
+            await recover(self.context, runner, self._watch, self._worker_exited)
+        if self.slots is None:
+            import os
+
+            capacity = await self.context.runner.capacity()
+            self.slots = capacity.slots or SLOTS_PER_CORE * (os.cpu_count() or 1)
+        self._something_freed()
+
+    async def close(self) -> None:
+        """Let go. Workers go on; whatever was about to be done is done by the next process."""
+        self.context.leases.close()
+        await self.context.background.close()
+        for runner in self.context.runners.values():
+            await runner.close()
+
+    # -------------------------------------------------------------------------------------------------- jobs
+
+    async def create_job(self, form: JobForm) -> Job:
+        """Check a job and keep it, ``ready`` to be started.
+
+        :raises flame.errors.SpecError: something in it cannot be; nothing was written.
+        """
+        return (await self._submission.create(form)).record
+
+    async def update_job(self, id: str, form: JobForm) -> Job:
+        """Write a job anew that was not started.
+
+        :raises flame.errors.Conflict: it was started.
+        """
+        async with self._waking:
+            saved = await self._saved(id)
+            if saved.record.state is not JobState.READY:
+                raise Conflict(
+                    f"Job {saved.record.name!r} is {saved.record.state.value}; only a ready one can be changed."
+                )
+            await self._submission.replace(saved, form)
+        return saved.record
+
+    async def jobs(self, state: JobState | None = None, after: str | None = None, limit: int = 100) -> list[Job]:
+        """The jobs, newest first, without their rounds."""
+        where = {"state": state.value} if state is not None else None
+        found = await self.context.jobs.find(where, after=after, limit=limit, descending=True)
+        return [saved.record for saved in found]
+
+    async def job(self, id: str) -> Job:
+        """A job, with its rounds."""
+        supervisor = self._active.get(id)
+        if supervisor is not None:
+            return supervisor.job
+        saved = await self._saved(id)
+        if saved.record.state.ended:
+            saved.record.rounds = [
+                msgspec.convert(event.data, Round)
+                for event in await self.context.store.read(rounds_stream(id), limit=1_000_000)
+            ]
+        return saved.record
+
+    async def start_job(self, id: str) -> Job:
+        """Put a job in the queue.
+
+        :raises flame.errors.Conflict: it was started before.
+        """
+        supervisor = await self._supervise(id)
+        try:
+            await supervisor.handle(life.Start())
+        finally:
+            if supervisor.state is JobState.READY:
+                self._forget(supervisor)
+        self._something_freed()
+        return supervisor.job
+
+    async def stop_job(self, id: str) -> Job:
+        """End a job's workers, and the job.
+
+        :raises flame.errors.Conflict: it was not started, or has ended.
+        """
+        supervisor = await self._supervise(id)
+        try:
+            await supervisor.handle(life.Stop())
+        finally:
+            if supervisor.state is JobState.READY:
+                self._forget(supervisor)
+        return supervisor.job
+
+    async def delete_job(self, id: str) -> None:
+        """Remove a job with all that belongs to it.
+
+        :raises flame.errors.Conflict: it is under way.
+        """
+        async with self._waking:
+            saved = await self._saved(id)
+            state = saved.record.state
+            if id in self._active or not (state.ended or state is JobState.READY):
+                raise Conflict(f"Job {saved.record.name!r} is {state.value}; stop it before you delete it.")
+            context = self.context
+            for task in await context.tasks.all({"jobId": id}):
+                for attempt in range(1, task.record.attempt + 1):
+                    await context.notifier.drop(task_stream(task.id, attempt))
+                    await context.runner.clean(WorkerInfo(task.id, id, attempt, task.record.worker or ""))
+                await context.tasks.delete(task.id)
+            await context.notifier.drop(job_stream(id))
+            await context.store.drop(rounds_stream(id))
+            await context.logs.remove(id)
+            await context.artifacts.remove(id)
+            await context.jobs.delete(id)
+        await self.catalog.release(saved.record.code)
+
+    async def tasks(self, job: str) -> list[Task]:
+        """A job's tasks, in the order of expansion."""
+        supervisor = self._active.get(job)
+        if supervisor is not None:
+            return list(supervisor.tasks)
+        await self._saved(job)
+        return sorted((saved.record for saved in await self.context.tasks.all({"jobId": job})), key=lambda t: t.index)
+
+    async def events(self, job: str, after: int = 0, *, follow: bool = False) -> AsyncGenerator[Sequence[Event], None]:
+        """What happens in a job: what there is, and when following what comes, to its end."""
+        stream, notifier = job_stream(job), self.context.notifier
+        saved = await self._saved(job)
+        if follow and not (saved.record.state.ended and job not in self._active):
+            async for events in notifier.batches(stream, after, ends):
+                yield events
+            return
+        last: Event | None = None
+        while events := await self.context.store.read(stream, after=after):
+            after, last = events[-1].seq, events[-1]
+            yield events
+        if follow and last is not None and not ends(last):  # the server was killed before it could tell the end
+            yield await notifier.publish_many(stream, [job_news(saved.record)])
+
+    def active(self) -> list[Job]:
+        """The jobs that are under way."""
+        return [supervisor.job for supervisor in self._active.values()]
+
+    async def stop_all(self) -> None:
+        """Stop every job that is under way, and wait until all have ended and tidied up."""
+        for supervisor in list(self._active.values()):
+            try:
+                await supervisor.handle(life.Stop())
+            except Conflict:
+                log.debug("job %s ended by itself", supervisor.id)
+        await self._quiet.wait()
+        await self.context.background.drain()
+
+    # ------------------------------------------------------------------------------------------------- tasks
+
+    async def task(self, id: str) -> Task:
+        """A task."""
+        supervisor = self._of_task.get(id)
+        if supervisor is not None:
+            return supervisor.task(id)
+        saved = await self.context.tasks.get(id)
+        if saved is None:
+            raise NotFound(f"There is no task {id!r}.")
+        return saved.record
+
+    async def end_task(self, id: str) -> Task:
+        """End a task's worker; its job sees it fail.
+
+        :raises flame.errors.Conflict: it has no worker.
+        """
+        supervisor = self._of_task.get(id)
+        if supervisor is None:
+            task = await self.task(id)
+            raise Conflict(f"Task {id} has no worker to end: it is {task.state.value}.")
+        await supervisor.handle(life.Kill(id))
+        return supervisor.task(id)
+
+    # ----------------------------------------------------------------------------------------------- workers
+
+    def enter(self, task: str, attempt: int, key: str | None) -> Supervisor:
+        """Let a worker in: check its key, renew its lease.
+
+        :raises flame.errors.Unauthorized: there is no key, or not the one of this attempt.
+        :raises flame.errors.Forbidden: the attempt is over.
+        """
+        if key is None:
+            raise Unauthorized("This is for workers only: it needs the task's key.")
+        if not self.context.keys.opens(key, task, attempt):
+            raise Unauthorized(f"This is not the key of attempt {attempt} of task {task}.")
+        supervisor = self._of_task.get(task)
+        if supervisor is None:
+            raise Forbidden(f"Attempt {attempt} of task {task} is over: its job has ended.")
+        supervisor.worker(task, attempt)
+        self.context.leases.renew((supervisor.id, task, attempt))
+        return supervisor
+
+    async def orders(
+        self, supervisor: Supervisor, task: str, attempt: int, after: int = 0
+    ) -> AsyncGenerator[Sequence[Event], None]:
+        """The events of a task for its flamelet. Following them is being there."""
+        await supervisor.connected(task, attempt)
+        async for events in self.context.notifier.batches(task_stream(task, attempt), after):
+            yield events
+
+    def manifest(self, supervisor: Supervisor, task: str, attempt: int) -> Manifest:
+        """What a flamelet needs to run a task: the configuration with the server's own choices filled in."""
+        job = supervisor.job
+        assert job.code is not None
+        return Manifest(
+            config=self._filled(supervisor.task(task).config),
+            code=job.code,
+            job_key=self.context.keys.job(job.id),
+            attempt=attempt,
+        )
+
+    def _filled(self, config: TaskConfig) -> TaskConfig:
+        options = self.context.options
+        named = {broker.sort for broker in config.brokers}
+        brokers = [*config.brokers, *(broker for broker in options.brokers if broker.sort not in named)]
+        registry = config.registry
+        if registry.sort == "default":
+            registry = Registry(sort=options.registry.sort, uri=registry.uri or options.registry.uri)
+        elif not registry.uri and registry.sort == options.registry.sort:
+            registry = options.registry
+        return msgspec.structs.replace(config, brokers=brokers, registry=registry)
+
+    # ----------------------------------------------------------------------------------------------- the rest
+
+    async def _saved(self, id: str) -> Saved[Job]:
+        saved = await self.context.jobs.get(id)
+        if saved is None:
+            raise NotFound(f"There is no job {id!r}.")
+        return saved
+
+    async def _supervise(self, id: str) -> Supervisor:
+        """The supervisor of a job; a job that has ended gets one for the moment, which refuses everything."""
+        async with self._waking:
+            supervisor = self._active.get(id)
+            if supervisor is None:
+                saved = await self._saved(id)
+                tasks = sorted(await self.context.tasks.all({"jobId": id}), key=lambda task: task.record.index)
+                supervisor = Supervisor(self.context, saved, tasks)
+                if not saved.record.state.ended:
+                    self._watch(supervisor)
+            return supervisor
+
+    def _watch(self, supervisor: Supervisor) -> None:
+        self._quiet.clear()
+        self._active[supervisor.id] = supervisor
+        self._of_task.update(dict.fromkeys((task.id for task in supervisor.tasks), supervisor))
+
+    def _forget(self, supervisor: Supervisor) -> None:
+        self._active.pop(supervisor.id, None)
+        for task in supervisor.tasks:
+            self._of_task.pop(task.id, None)
+        if not self._active:
+            self._quiet.set()
+
+    def _lease_lost(self, key: Any) -> None:
+        job, task, attempt = key
+        if job in self._active:
+            self._active[job].silent(task, attempt)
+
+    def _worker_exited(self, info: WorkerInfo, how: WorkerExit) -> None:
+        supervisor = self._active.get(info.job)
+        if supervisor is not None:
+            supervisor.exited(info, how)
+
+    def _something_freed(self) -> None:
+        """There may be room for others; look at it once, when what happens now has happened."""
+        if not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        for supervisor in [one for one in self._active.values() if one.over.is_set()]:
+            self._forget(supervisor)
+        waiting = {one.id: one for one in self._active.values() if one.state is JobState.STARTING and not one.admitted}
+        if not waiting:
+            return
+        queue = [_place(supervisor) for supervisor in waiting.values()]
+        used = sum(supervisor.room for supervisor in self._active.values())
+        decision = admit(queue, used, self.slots)
+        for job in decision.admitted:
+            waiting[job].admitted = True
+            self.context.background.spawn(waiting[job].handle_surely(life.Admit()))
+        for job, reason in decision.reasons.items():
+            self.context.background.spawn(waiting[job].wait_for_room(reason))
+
+
+def _place(supervisor: Supervisor) -> Waiting:
+    job = supervisor.job
+    return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, len(supervisor.tasks))

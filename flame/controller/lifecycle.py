@@ -1,0 +1,489 @@
+"""The life of a job and its tasks: a pure function from a state and an event to a new state and actions.
+
+There is no clock, socket or database in here, so that tests can drive it through any order of events. The
+shell (:mod:`flame.controller.supervisor`) feeds it with what users ask, flamelets report and runners see, writes the
+new state to the store, and only then carries out the actions.
+
+States of a job, and what each one means:
+
+* ``ready``: it exists, nobody has started it.
+* ``starting``: its start was accepted; it waits for room on a compute.
+* ``deploying``: workers were asked for, and some have not started their task's code yet.
+* ``running``: every task's code has been started (some may have completed since). The time limit counts from the
+  first one, that is, possibly from before this state.
+* ``stopping``: its workers are being ended, because somebody asked for it or because something failed.
+* ``completed``, ``failed``, ``terminated``: it ended. **No worker of it is left**: a job enters these states only
+  when every worker that was ever asked for is known to be gone.
+
+::
+
+    ready -> starting -> deploying -> running -> completed
+                 |           |           |
+                 +-----------+-----------+----> stopping -> failed      where there is a failure
+                                                         -> terminated  where there is none
+
+A task fails when its code exits with a status that is not 0, is killed by a signal, or its worker is lost. A worker
+that is lost before it started the code is replaced once, by a new attempt. A failed task fails the job, unless its
+role has a quorum (``policy.minTrainers``, for data-consuming roles) that the others still make.
+
+Everything that follows from the tasks' states is derived in one place, :func:`settle`. So a server that was killed
+between two writes finds its way again: it reads what is there, and settles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from flame.errors import Conflict
+from flame.spec.records import Failure, JobState, TaskState
+
+#: How often a worker is replaced that was lost before it started its task's code.
+REPLACEMENTS = 1
+
+#: The legal changes of a job's state.
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
+    {
+        JobState.READY: frozenset({JobState.STARTING}),
+        JobState.STARTING: frozenset({JobState.DEPLOYING, JobState.STOPPING}),
+        JobState.DEPLOYING: frozenset({JobState.RUNNING, JobState.STOPPING}),
+        JobState.RUNNING: frozenset({JobState.COMPLETED, JobState.STOPPING}),
+        JobState.STOPPING: frozenset({JobState.FAILED, JobState.TERMINATED}),
+        JobState.COMPLETED: frozenset(),
+        JobState.FAILED: frozenset(),
+        JobState.TERMINATED: frozenset(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLife:
+    """What decides about a task.
+
+    :ivar attempt: the newest attempt; 0 before the first.
+    :ivar connected: the newest attempt's flamelet has been there.
+    :ivar replaced: how many lost workers were replaced.
+    :ivar live: the attempts whose worker was asked for and is not known to be gone.
+    :ivar ending: those of them that were asked to end.
+    """
+
+    id: str
+    role: str
+    state: TaskState = TaskState.READY
+    attempt: int = 0
+    connected: bool = False
+    replaced: int = 0
+    live: frozenset[int] = frozenset()
+    ending: frozenset[int] = frozenset()
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobLife:
+    """What decides about a job.
+
+    :ivar tasks: by id, in the order of expansion; never changed in place.
+    :ivar quorum: for each role, how many of its tasks must not fail.
+    :ivar clock: the time limit is counting.
+    """
+
+    name: str
+    state: JobState
+    tasks: Mapping[str, TaskLife]
+    quorum: Mapping[str, int]
+    clock: bool = False
+    failure: Failure | None = None
+
+
+def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None) -> dict[str, int]:
+    """How many tasks of each role a job needs.
+
+    :param roles: for each task its role, and whether the role consumes data.
+    :param fewest: how many data-consuming workers are enough; None: all are needed.
+    """
+    needs: dict[str, int] = {}
+    consumes = dict(roles)
+    for role, _ in roles:
+        needs[role] = needs.get(role, 0) + 1
+    if fewest is not None:
+        for role, count in needs.items():
+            if consumes[role]:
+                needs[role] = min(fewest, count)
+    return needs
+
+
+# ---------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A user starts the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """There is room for all of the job's workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A user stops the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimeUp:
+    """The job has run for as long as it may."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A user ends one task's worker."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A flamelet follows its events."""
+
+    task: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The task's code was started."""
+
+    task: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The task's code ended with status 0."""
+
+    task: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The flamelet says that the task failed."""
+
+    task: str
+    attempt: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Terminated:
+    """The flamelet was told to end the task's code, and did. Nobody of ours need have told it."""
+
+    task: str
+    attempt: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """The worker's lease is lost: its machine may be unreachable, and the worker still be there."""
+
+    task: str
+    attempt: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Nothing is left of the worker. ``failure`` is the cause where the task had not ended before."""
+
+    task: str
+    attempt: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A restarted server had asked for this worker, or was about to when it was killed; it is not there."""
+
+    task: str
+    attempt: int
+    failure: Failure
+
+
+Event = (
+    Start
+    | Admit
+    | Stop
+    | TimeUp
+    | Kill
+    | Connected
+    | Running
+    | Completed
+    | Failed
+    | Terminated
+    | Silent
+    | Gone
+    | Missing
+)
+
+
+# --------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    """The job entered a state; a step may go through several."""
+
+    state: JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Start a worker for this attempt."""
+
+    task: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Tell the flamelet to run the task's code."""
+
+    task: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """See to it that nothing is left of this worker.
+
+    :ivar parting: its task has ended and it is about to leave by itself; it gets a moment for that.
+    """
+
+    task: str
+    attempt: int
+    reason: str
+    parting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """The first worker runs: the time limit begins to count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Warn:
+    """Something went wrong that the job can do without."""
+
+    message: str
+
+
+Action = Enter | Ask | Begin | End | Clock | Warn
+
+
+# ------------------------------------------------------------------------------------------------------ step
+
+
+def step(job: JobLife, event: Event) -> tuple[JobLife, list[Action]]:
+    """What an event does to a job.
+
+    Reports about an older attempt, and about tasks that have ended, change nothing.
+
+    :param job: the state before.
+    :param event: what happened.
+    :returns: the state after, and what is to be done once it is in the store, in order.
+    :raises flame.errors.Conflict: the job's state does not allow what a user asks for.
+    """
+    actions: list[Action] = []
+    match event:
+        case Start():
+            if job.state is not JobState.READY:
+                raise Conflict(_not_startable(job))
+            job = _enter(job, JobState.STARTING, actions)
+        case Admit():
+            if job.state is JobState.STARTING:
+                job = _enter(job, JobState.DEPLOYING, actions)
+                for task in job.tasks.values():
+                    if task.state is TaskState.READY:
+                        job = _ask(job, task, actions)
+        case Stop():
+            if job.state is JobState.READY or job.state.ended:
+                raise Conflict(_not_stoppable(job))
+            if job.state is not JobState.STOPPING and not _work_is_done(job):
+                job = _halt(job, None, "the job was stopped", actions)
+        case TimeUp(seconds=seconds):
+            if job.state in (JobState.DEPLOYING, JobState.RUNNING) and not _work_is_done(job):
+                limit = Failure(message=f"The job ran longer than its maxRunTime of {seconds:g} s.")
+                job = _halt(job, limit, "the job's time is up", actions)
+        case Kill(task=id):
+            task = job.tasks[id]
+            if task.state not in (TaskState.DEPLOYING, TaskState.RUNNING):
+                raise Conflict(f"Task {id} has no worker to end: it is {task.state.value}.")
+            cause = Failure(message="Its worker was ended on request.")
+            job = _fail(job, task, _named(cause, task), actions, parting=False)
+        case _:
+            job = _report(job, event, actions)
+    return settle(job, actions)
+
+
+def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, list[Action]]:
+    """Bring the job's state up to what its tasks' states say. Settling twice is settling once.
+
+    A recovering server calls it on what it has read; then it also finds the workers of ended tasks and asks
+    them to end once more, because ``ending`` is empty.
+    """
+    actions = [] if actions is None else actions
+    if job.state in (JobState.DEPLOYING, JobState.RUNNING):
+        for task in job.tasks.values():
+            if task.state.ended:
+                job = _end(job, job.tasks[task.id], "its task has ended", actions, parting=True)
+        broken = _broken_role(job)
+        if broken is not None:
+            job = _halt(job, broken.failure, f"task {broken.id} ({broken.role}) failed", actions)
+        elif job.state is JobState.DEPLOYING and all(_has_run(task) for task in job.tasks.values()):
+            job = _enter(job, JobState.RUNNING, actions)
+    if job.state is JobState.RUNNING and _work_is_done(job) and not any(task.live for task in job.tasks.values()):
+        job = _enter(job, JobState.COMPLETED, actions)
+    if job.state is JobState.STOPPING:
+        for task in job.tasks.values():
+            if task.live:
+                job = _end(job, task, "the job is stopping", actions)
+            elif not task.state.ended:
+                job = _set(job, replace(task, state=TaskState.TERMINATED))
+        if not any(task.live for task in job.tasks.values()):
+            job = _enter(job, JobState.TERMINATED if job.failure is None else JobState.FAILED, actions)
+    return job, actions
+
+
+def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
+    """What is reported or seen of one worker."""
+    assert isinstance(event, Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing)
+    task = job.tasks[event.task]
+    if isinstance(event, Gone | Missing):
+        task = replace(task, live=task.live - {event.attempt}, ending=task.ending - {event.attempt})
+        job = _set(job, task)
+    if event.attempt != task.attempt or task.state.ended or job.state.ended:
+        return job
+    match event:
+        case Connected() if not task.connected:
+            job = _set(job, replace(task, connected=True))
+            if job.state is not JobState.STOPPING:
+                actions.append(Begin(task.id, task.attempt))
+        case Running() if task.state is TaskState.DEPLOYING:
+            job = _ran(job, replace(task, state=TaskState.RUNNING, connected=True), actions)
+        case Completed():
+            job = _ran(job, replace(task, state=TaskState.COMPLETED, connected=True), actions)
+        case Failed(failure=failure):
+            job = _fail(job, task, failure, actions, parting=True)
+        case Missing() if job.state is not JobState.STOPPING and task.state is TaskState.DEPLOYING:
+            job = _ask(job, task, actions)
+        case Terminated(failure=failure) | Silent(failure=failure) | Gone(failure=failure) | Missing(failure=failure):
+            if job.state is JobState.STOPPING:
+                job = _set(job, replace(task, state=TaskState.TERMINATED))
+            elif _replaceable(task, event):
+                if event.attempt in task.live:
+                    job = _end(job, task, "its worker is lost", actions)
+                job = _ask(job, replace(job.tasks[task.id], replaced=task.replaced + 1), actions)
+            else:
+                job = _fail(job, task, failure, actions, parting=False)
+        case _:
+            pass
+    return job
+
+
+def _replaceable(task: TaskLife, event: Terminated | Silent | Gone | Missing) -> bool:
+    return task.state is TaskState.DEPLOYING and task.replaced < REPLACEMENTS and not isinstance(event, Terminated)
+
+
+def _ask(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
+    attempt = task.attempt + 1
+    actions.append(Ask(task.id, attempt))
+    asked = replace(task, state=TaskState.DEPLOYING, attempt=attempt, connected=False, live=task.live | {attempt})
+    return _set(job, asked)
+
+
+def _ran(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
+    if not job.clock:
+        actions.append(Clock())
+        job = replace(job, clock=True)
+    return _set(job, task)
+
+
+def _fail(job: JobLife, task: TaskLife, failure: Failure, actions: list[Action], *, parting: bool) -> JobLife:
+    """The task failed; the job goes on where the others of its role make the quorum."""
+    task = replace(task, state=TaskState.FAILED, failure=failure)
+    job = _end(_set(job, task), task, "its task failed", actions, parting=parting)
+    if job.state in (JobState.DEPLOYING, JobState.RUNNING):
+        if _broken_role(job) is None:
+            actions.append(Warn(f"Task {task.id} ({task.role}) failed, the job goes on without it: {failure.message}"))
+        else:
+            job = _halt(job, failure, f"task {task.id} ({task.role}) failed", actions)
+    return job
+
+
+def _halt(job: JobLife, failure: Failure | None, reason: str, actions: list[Action]) -> JobLife:
+    job = _enter(replace(job, failure=job.failure or failure), JobState.STOPPING, actions)
+    for task in job.tasks.values():
+        job = _end(job, task, reason, actions)
+    return job
+
+
+def _end(job: JobLife, task: TaskLife, reason: str, actions: list[Action], *, parting: bool = False) -> JobLife:
+    """Ask each worker of the task to end that was not asked yet."""
+    waiting = task.live - task.ending
+    if not waiting:
+        return job
+    actions.extend(End(task.id, attempt, reason, parting) for attempt in sorted(waiting))
+    return _set(job, replace(task, ending=task.ending | waiting))
+
+
+def _enter(job: JobLife, state: JobState, actions: list[Action]) -> JobLife:
+    assert state in TRANSITIONS[job.state], f"{job.state} -> {state}"
+    actions.append(Enter(state))
+    return replace(job, state=state)
+
+
+def _set(job: JobLife, task: TaskLife) -> JobLife:
+    return replace(job, tasks={**job.tasks, task.id: task})
+
+
+def _has_run(task: TaskLife) -> bool:
+    return task.state is TaskState.RUNNING or task.state.ended
+
+
+def _work_is_done(job: JobLife) -> bool:
+    """Every task completed, but for those that the job can do without."""
+    return all(task.state.ended for task in job.tasks.values()) and _broken_role(job) is None
+
+
+def _broken_role(job: JobLife) -> TaskLife | None:
+    """A failed task of a role that no longer makes its quorum; None while every role does."""
+    alive = dict.fromkeys(job.quorum, 0)
+    for task in job.tasks.values():
+        if task.state not in (TaskState.FAILED, TaskState.TERMINATED):
+            alive[task.role] += 1
+    for task in job.tasks.values():
+        if task.state in (TaskState.FAILED, TaskState.TERMINATED) and alive[task.role] < job.quorum[task.role]:
+            return task
+    return None
+
+
+def _named(failure: Failure, task: TaskLife) -> Failure:
+    failure.task, failure.role, failure.attempt = task.id, task.role, task.attempt
+    return failure
+
+
+def _not_startable(job: JobLife) -> str:
+    if job.state.ended:
+        return f"Job {job.name!r} has ended ({job.state.value}) and cannot be started again; create a new one."
+    return f"Job {job.name!r} is {job.state.value}: it has been started already."
+
+
+def _not_stoppable(job: JobLife) -> str:
+    if job.state.ended:
+        return f"Job {job.name!r} has ended ({job.state.value}): there is nothing to stop."
+    return f"Job {job.name!r} is {job.state.value}: it has not been started, so there is nothing to stop."

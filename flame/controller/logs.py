@@ -1,0 +1,161 @@
+"""The tasks' logs: one file an attempt, kept whole, appended at an offset, followed by push.
+
+The writer says where its bytes belong. When the offset is not the file's size (a call was repeated, or its answer got
+lost), nothing is written and the true size is the answer; the writer goes on from there. So a log is neither torn
+nor doubled whoever restarts.
+
+Small pieces are written in the event loop, because that takes less time than to hand them to a thread; long reads
+are handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from flame.errors import NotFound, StoreError
+
+_CHUNK = 256 * 1024
+_INLINE = 64 * 1024
+
+
+class _Open:
+    """A log that may still grow: who follows it waits for ``changed``."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = asyncio.Event()
+
+    def wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Logs:
+    """All logs, under one folder: ``FOLDER/JOB/TASK.ATTEMPT.log``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[Path, _Open] = {}
+
+    def path(self, job: str, task: str, attempt: int) -> Path:
+        """Where the log of an attempt is, or will be."""
+        return self._folder / job / f"{task}.{attempt}.log"
+
+    def open(self, job: str, task: str, attempt: int) -> None:
+        """Say that this log may grow: from now on it can be followed."""
+        path = self.path(job, task, attempt)
+        if path not in self._open:
+            self._open[path] = _Open(_size(path))
+
+    def close(self, job: str, task: str, attempt: int) -> None:
+        """Say that this log is whole: who follows it comes to its end."""
+        log = self._open.pop(self.path(job, task, attempt), None)
+        if log is not None:
+            log.wake()
+
+    async def append(self, job: str, task: str, attempt: int, offset: int, data: bytes) -> int:
+        """Add bytes at ``offset``; gives the size of the log afterwards. A wrong offset adds nothing.
+
+        :raises flame.errors.StoreError: the disk is full, or the folder is not writable.
+        """
+        path = self.path(job, task, attempt)
+        log = self._open.get(path)
+        size = log.size if log is not None else _size(path)
+        if offset != size or not data:
+            return size
+        if log is not None:
+            log.size = size + len(data)  # at once: a second call that comes meanwhile is measured against it
+        try:
+            if len(data) <= _INLINE:
+                _write(path, size, data)
+            else:
+                await asyncio.to_thread(_write, path, size, data)
+        except OSError as error:
+            if log is not None:
+                log.size = _size(path)
+            raise StoreError(f"The log of task {task} cannot be written to {path}: {error.strerror}.") from error
+        if log is not None:
+            log.wake()
+        return size + len(data)
+
+    def size(self, job: str, task: str, attempt: int) -> int:
+        """How many bytes the log has."""
+        path = self.path(job, task, attempt)
+        log = self._open.get(path)
+        return log.size if log is not None else _size(path)
+
+    async def read(
+        self, job: str, task: str, attempt: int, *, offset: int = 0, follow: bool = False
+    ) -> AsyncIterator[bytes]:
+        """The log from a byte on; when following, until :meth:`close`. An empty piece says that there is no news yet.
+
+        :raises flame.errors.NotFound: the offset is behind the end.
+        """
+        path = self.path(job, task, attempt)
+        size = self.size(job, task, attempt)
+        if offset > size:
+            raise NotFound(f"The log of task {task} has {size} bytes; there is nothing at {offset}.")
+        while True:
+            log = self._open.get(path)
+            changed = log.changed if log is not None else None
+            while data := await self._piece(path, offset):
+                offset += len(data)
+                yield data
+            if not follow or changed is None:
+                return
+            yield b""
+            await changed.wait()
+
+    def tail(self, job: str, task: str, attempt: int, lines: int = 20) -> list[str]:
+        """The last lines of a log, without their ends; a line is cut at 2000 characters."""
+        path = self.path(job, task, attempt)
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _INLINE))
+                text = file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return []
+        return [line[:2000] for line in text.splitlines()[-lines:]]
+
+    async def remove(self, job: str) -> None:
+        """Remove all logs of a job."""
+        for path in [path for path in self._open if path.parent.name == job]:
+            self._open.pop(path).wake()
+        await asyncio.to_thread(shutil.rmtree, self._folder / job, True)
+
+    async def _piece(self, path: Path, offset: int) -> bytes:
+        if _size(path) - offset <= 0:
+            return b""
+        return await asyncio.to_thread(_read, path, offset)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(_CHUNK)
+    except FileNotFoundError:
+        return b""
+
+
+def _write(path: Path, offset: int, data: bytes) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "wb", closefd=True) as file:
+        file.seek(offset)
+        file.write(data)

@@ -1,0 +1,404 @@
+"""The shell around one job's life: it hears what happens, writes what follows, then makes it so.
+
+A supervisor exists for each job that was started and has not ended. It holds the job's records and its
+:class:`~flame.controller.lifecycle.JobLife`. Whatever happens goes through :meth:`Supervisor.handle`, one event
+at a time: the pure step, the changed records into the store, the news into the job's stream, and then the actions,
+which run beside. If the store fails, nothing has happened: memory is changed only after the store is.
+
+Metrics and rounds do not pass through the life of the job. They go into the job's stream as they come, a whole batch in
+one append, each with the number of the report it came in; so after a crash of the server the stream itself says what
+was heard already. A growing document is never rewritten: the rounds are gathered in memory, and
+are put into a stream of their own, ``rounds/ID``, when the job ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from flame.controller import lifecycle as life
+from flame.controller import reports as said
+from flame.controller.bookkeeping import (
+    WARNINGS,
+    Entry,
+    History,
+    job_fields,
+    job_news,
+    job_stream,
+    life_of,
+    rounds_stream,
+    task_fields,
+    task_news,
+    task_stream,
+    with_workers,
+)
+from flame.controller.context import Context, StoredTask, log
+from flame.controller.rendezvous import Rendezvous
+from flame.controller.shelf import Saved
+from flame.controller.workers import Crew, Worker
+from flame.errors import Forbidden, StoreError
+from flame.runners.base import WorkerExit, WorkerInfo
+from flame.spec.records import Failure, Job, JobState, Model, Record, Report, Round
+
+
+class Supervisor:
+    """One job that is under way.
+
+    :param context: the controller's surroundings.
+    :param job: the job's record.
+    :param tasks: its tasks' records, in the order of expansion.
+    :param history: what its stream says, for a job that an earlier process of the server has begun.
+    """
+
+    def __init__(
+        self, context: Context, job: Saved[Job], tasks: Sequence[Saved[StoredTask]], history: History | None = None
+    ) -> None:
+        form = job.record.form
+        assert form.schema is not None
+        self._context = context
+        self._job = job
+        self._tasks = {task.id: task for task in tasks}
+        self._life = life_of(job.record, [task.record for task in tasks])
+        self._lock = asyncio.Lock()
+        self._clock: asyncio.TimerHandle | None = None
+        self._rounds: list[Round] = history.rounds if history else []
+        self._rendezvous = Rendezvous(job.id, form.schema.channels, context.store, self._tell_peers)
+        self._crew = Crew(
+            context, job.id, form.model_spec.dependencies, happened=self.handle_surely, placed=self._placed
+        )
+        self.admitted = job.record.state not in (JobState.READY, JobState.STARTING)
+        self.over = asyncio.Event()
+
+    # ------------------------------------------------------------------------------------------- what is known
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self._job.id
+
+    @property
+    def state(self) -> JobState:
+        """The job's state."""
+        return self._life.state
+
+    @property
+    def job(self) -> Job:
+        """The job's record, with its rounds so far."""
+        return msgspec.structs.replace(self._job.record, rounds=self._rounds)
+
+    @property
+    def tasks(self) -> list[StoredTask]:
+        """The tasks' records, in the order of expansion."""
+        return [task.record for task in self._tasks.values()]
+
+    def task(self, id: str) -> StoredTask:
+        """One task's record."""
+        return self._tasks[id].record
+
+    @property
+    def room(self) -> int:
+        """How many workers it has, or has been promised room for."""
+        if not self.admitted:
+            return 0
+        return sum(bool(task.live) or not task.state.ended for task in self._life.tasks.values())
+
+    def worker(self, task: str, attempt: int) -> Worker:
+        """The worker that speaks for this attempt.
+
+        :raises flame.errors.Forbidden: there is a newer attempt, or there never was this one.
+        """
+        newest = self._life.tasks[task].attempt
+        worker = self._crew.get(task, attempt)
+        if attempt != newest or worker is None:
+            raise Forbidden(f"Attempt {attempt} of task {task} is over: the newest is {newest}.")
+        return worker
+
+    # ------------------------------------------------------------------------------------------ what happens
+
+    async def handle(self, event: life.Event) -> None:
+        """Let something happen to the job.
+
+        :raises flame.errors.Conflict: the job's state does not allow what a user asks for.
+        :raises flame.errors.StoreError: nothing has happened, because it could not be written.
+        """
+        async with self._lock:
+            after, actions = life.step(self._life, event)
+            await self._commit(after, actions)
+
+    async def handle_surely(self, event: life.Event) -> None:
+        """Let something happen that nobody will say again: while the store fails, try again."""
+        await surely(partial(self.handle, event), self.id)
+
+    async def resume(self, workers: Sequence[WorkerInfo], history: History) -> None:
+        """Go on with a job that an earlier process of the server has begun.
+
+        :param workers: those of this job that the runner really has.
+        :param history: what the job's stream says.
+        """
+        there = {(info.task, info.attempt): info for info in workers if info.task in self._tasks}
+        await self._rendezvous.load()
+        for (task, attempt), info in there.items():
+            told = await self._context.store.read(task_stream(task, attempt))
+            worker = self._crew.adopt(info, self._life.tasks[task].role)
+            worker.acked = history.heard.get((task, attempt), 0)
+            worker.begun = any(event.type == "start" for event in told)
+        await surely(lambda: self._publish(history.untold(self._job.record, self.tasks)), self.id)
+        begun = {(worker.task, worker.attempt) for worker in self._crew.all() if worker.begun}
+        self._life = with_workers(self._life, set(there), begun)
+        for one in list(self._life.tasks.values()):
+            for attempt in one.live - {one.attempt}:
+                self._crew.end(one.id, attempt, one.role, parting=False)
+            if one.attempt and not one.state.ended and one.attempt not in one.live:
+                cause = self._cause(one.id, one.attempt, "Its worker ended while the server was down.")
+                await self.handle_surely(life.Missing(one.id, one.attempt, cause))
+        async with self._lock:
+            await self._commit(*life.settle(self._life))
+        if self._life.clock and not self._life.state.ended:
+            self._wind_clock()
+
+    async def wait_for_room(self, reason: str) -> None:
+        """The queue says why the job has to wait."""
+        async with self._lock:
+            if self.state is JobState.STARTING and self._job.record.reason != reason:
+                await self._save_job(reason=reason)
+                await self._publish([job_news(self._job.record)])
+
+    async def connected(self, task: str, attempt: int) -> None:
+        """A flamelet follows its events."""
+        worker = self.worker(task, attempt)
+        if not worker.heard:
+            worker.heard = True
+            self._context.leases.begin((self.id, task, attempt))
+        if not self._life.tasks[task].connected:
+            await self.handle(life.Connected(task, attempt))
+
+    def silent(self, task: str, attempt: int) -> None:
+        """A worker's lease ran out."""
+        worker = self._crew.get(task, attempt)
+        options = self._context.options
+        if worker is not None and worker.heard:
+            message = f"Nothing has been heard of its worker for {options.lease:g} s."
+        else:
+            message = f"Its worker has not connected within {options.deploy:g} s."
+        log.warning("job %s: task %s: %s", self.id, task, message)
+        event = life.Silent(task, attempt, self._cause(task, attempt, message))
+        self._context.background.spawn(self.handle_surely(event))
+
+    def exited(self, info: WorkerInfo, how: WorkerExit) -> None:
+        """The runner has seen the end of a worker that nobody asked to end."""
+        if info.task in self._tasks:
+            self._crew.exited(info, how, self._life.tasks[info.task].role)
+
+    async def report(self, task: str, attempt: int, reports: Sequence[Report]) -> int:
+        """Take in what a flamelet reports, in order; what was heard before is passed over.
+
+        :returns: the number of the last report that was heard.
+        :raises flame.errors.SpecError: a report is malformed; those before it were taken in.
+        """
+        worker = self.worker(task, attempt)
+        async with worker.reporting:
+            entries: list[Entry] = []
+            heard = worker.acked
+            for report in reports:
+                if report.seq <= heard:
+                    continue
+                data = said.read(report)
+                if isinstance(data, said.MetricsData):
+                    entries.append(self._measured(task, attempt, report, data))
+                elif data is not None:
+                    await self._publish_heard(worker, entries, heard)
+                    entries = []
+                    await self._hear(task, attempt, report, data)
+                heard = report.seq
+            await self._publish_heard(worker, entries, heard)
+        return worker.acked
+
+    def _cause(self, task: str, attempt: int, message: str) -> Failure:
+        tail = self._context.logs.tail(self.id, task, attempt)
+        role = self._life.tasks[task].role
+        return Failure(message=message, task=task, role=role, attempt=attempt, log=tail)
+
+    def _measured(self, task: str, attempt: int, report: Report, data: said.MetricsData) -> Entry:
+        news = {"round": data.round, "metrics": data.numbers(), "task": task, "attempt": attempt, "report": report.seq}
+        if report.type == "round":
+            return "round", {**news, "seconds": data.seconds}
+        return "metrics", {**news, "role": self._life.tasks[task].role}
+
+    async def _publish_heard(self, worker: Worker, entries: Sequence[Entry], heard: int) -> None:
+        await self._publish(entries)
+        worker.acked = heard
+        self._rounds += [
+            Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"])
+            for kind, data in entries
+            if kind == "round"
+        ]
+
+    async def _hear(self, task: str, attempt: int, report: Report, data: Record) -> None:
+        """A report that changes something."""
+        role = self._life.tasks[task].role
+        match data:
+            case said.StateData(state="running"):
+                await self.handle(life.Running(task, attempt))
+            case said.StateData(state="completed"):
+                await self.handle(life.Completed(task, attempt))
+            case said.StateData(state=state):
+                tail = self._context.logs.tail(self.id, task, attempt)
+                failure = said.failure_of(data, task, role, attempt, tail)
+                kind = life.Failed if state == "failed" else life.Terminated
+                await self.handle(kind(task, attempt, failure))
+            case said.JoinData():
+                await self._rendezvous.join(task, role, data.channel, data.group, {**data.member, "attempt": attempt})
+            case said.LeaveData():
+                await self._rendezvous.leave(task, data.channel, data.group)
+            case Model():
+                async with self._lock:
+                    await self._save_job(model=data)
+                    await self._publish([("model", msgspec.to_builtins(data))])
+            case said.MessageData(message=message) if report.type == "warning":
+                async with self._lock:
+                    await self._warn(message)
+            case said.MessageData(message=message):
+                async with self._lock:
+                    await self._save_task(task, reason=message or None)
+                    await self._publish([task_news(self._tasks[task].record)])
+
+    # ----------------------------------------------------------------------------------- what follows from it
+
+    async def _commit(self, after: life.JobLife, actions: Sequence[life.Action]) -> None:
+        """Write what has changed, tell it, and act. Called with the lock held."""
+        now, before = time.time(), self._life
+        states = [action.state for action in actions if isinstance(action, life.Enter)]
+        changed = [task for task in after.tasks.values() if task is not before.tasks[task.id]]
+        fields = {task.id: task_fields(before.tasks[task.id], task, now) for task in changed}
+        shown = [task.id for task in changed if fields[task.id]]
+        if after.state.ended and states:
+            await self._keep_rounds()
+        await asyncio.gather(*(self._save_task(task, **fields[task]) for task in shown))
+        await self._save_job(**job_fields(self._job.record, before, after, actions, now))
+        # It is in the store, so it has happened: from here on nothing may fail.
+        self._life = after
+        news: list[Entry] = [
+            ("warning", {"message": action.message}) for action in actions if isinstance(action, life.Warn)
+        ]
+        news += [task_news(self._tasks[task].record) for task in shown]
+        news += [job_news(self._job.record, state) for state in states]
+        await surely(lambda: self._publish(news), self.id)
+        for state in states:
+            log.info("job %s (%s) is %s", self.id, self._job.record.name, state.value)
+        for action in actions:
+            self._act(action)
+        for task in changed:
+            if task.state.ended and not before.tasks[task.id].state.ended and not after.state.ended:
+                self._context.background.spawn(surely(partial(self._rendezvous.leave, task.id), self.id))
+        if after.state.ended and states:
+            self._conclude()
+
+    def _act(self, action: life.Action) -> None:
+        context = self._context
+        match action:
+            case life.Ask(task=task, attempt=attempt):
+                self._crew.begin(task, attempt, self._life.tasks[task].role)
+            case life.Begin(task=task, attempt=attempt):
+                context.background.spawn(self._tell(task, attempt, "start", {"attempt": attempt}))
+            case life.End(task=task, attempt=attempt, reason=reason, parting=parting):
+                if not parting:
+                    context.background.spawn(self._tell(task, attempt, "stop", {"reason": reason}))
+                self._crew.end(task, attempt, self._life.tasks[task].role, parting=parting)
+            case life.Clock():
+                self._wind_clock()
+            case life.Warn(message=message):
+                log.warning("job %s: %s", self.id, message)
+            case life.Enter():
+                pass
+
+    def _conclude(self) -> None:
+        """The job has ended: let go of all that only a running job needs."""
+        if self._clock is not None:
+            self._clock.cancel()
+        self.over.set()
+        self._context.freed()
+        self._context.background.spawn(self._tidy())
+
+    async def _tidy(self) -> None:
+        context = self._context
+        await self._rendezvous.clear()
+        for worker in self._crew.all():
+            await context.notifier.drop(task_stream(worker.task, worker.attempt))
+            if worker.info is not None and self.state is JobState.COMPLETED:
+                await context.runner.clean(worker.info)
+
+    def _wind_clock(self) -> None:
+        limit, since = self._job.record.form.max_run_time, self._job.record.running_at
+        if limit is not None and since is not None and self._clock is None:
+            left = max(0.0, since + limit - time.time())
+            self._clock = asyncio.get_running_loop().call_later(left, self._time_is_up, limit)
+
+    def _time_is_up(self, limit: float) -> None:
+        self._context.background.spawn(self.handle_surely(life.TimeUp(limit)))
+
+    # -------------------------------------------------------------------------------------- store and streams
+
+    async def _save_job(self, **fields: Any) -> None:
+        if fields:
+            await self._context.jobs.put(self._job, msgspec.structs.replace(self._job.record, **fields))
+
+    async def _save_task(self, id: str, **fields: Any) -> None:
+        saved = self._tasks[id]
+        await self._context.tasks.put(saved, msgspec.structs.replace(saved.record, **fields))
+
+    async def _placed(self, info: WorkerInfo) -> None:
+        async with self._lock:
+            if self._life.tasks[info.task].attempt == info.attempt:
+                await self._save_task(info.task, compute=self._context.compute, worker=info.handle)
+
+    async def _warn(self, message: str) -> None:
+        warnings = self._job.record.warnings
+        if message in warnings:
+            return
+        if len(warnings) < WARNINGS:
+            await self._save_job(warnings=[*warnings, message])
+        await self._publish([("warning", {"message": message})])
+
+    async def _keep_rounds(self) -> None:
+        """Put the rounds where they can be read without the rest of the stream. Repeated after a crash, it goes on."""
+        stream = rounds_stream(self.id)
+        there = len(await self._context.store.read(stream, limit=1_000_000))
+        entries = [("round", msgspec.to_builtins(done)) for done in self._rounds[there:]]
+        if entries:
+            await self._context.store.append(stream, entries)
+
+    async def _publish(self, entries: Sequence[Entry]) -> None:
+        if entries:
+            await self._context.notifier.publish_many(job_stream(self.id), entries)
+
+    async def _tell(self, task: str, attempt: int, type: str, data: dict[str, Any]) -> None:
+        worker = self._crew.get(task, attempt)
+        if worker is None or worker.gone.is_set():
+            return
+        if type == "start":
+            if worker.begun:
+                return
+            worker.begun = True
+        await self._context.notifier.publish(task_stream(task, attempt), type, data)
+
+    async def _tell_peers(self, task: str, data: dict[str, Any]) -> None:
+        await self._tell(task, self._life.tasks[task].attempt, "peers", data)
+
+
+async def surely(write: Callable[[], Awaitable[None]], job: str) -> None:
+    """Write something that must not be lost: while the store fails, try again."""
+    pause = 0.1
+    while True:
+        try:
+            await write()
+        except StoreError as error:
+            log.error("job %s: %s", job, error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+        else:
+            return

@@ -1,0 +1,205 @@
+"""The workers of one job: how each is started, heard of, and seen off.
+
+Starting and ending take time, so each runs beside everything else, one coroutine a worker. Whatever comes of
+it goes back to the job as an event: nothing in here decides what happens next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from flame.controller.context import Context, log
+from flame.controller.lifecycle import Gone
+from flame.errors import FlameError, RunnerError
+from flame.runners.base import WorkerExit, WorkerInfo, WorkerSpec
+from flame.spec.records import Failure
+
+_LAST_WORDS = 8192
+
+
+class Worker:
+    """One attempt of one task, as the server sees its worker.
+
+    :ivar heard: its flamelet has connected at least once.
+    :ivar begun: the flamelet was told to start the code.
+    :ivar acked: the number of the last report that was taken in.
+    :ivar reporting: held while reports are taken in, one batch after another.
+    :ivar info: the runner's address of it, once it has been started.
+    :ivar started: set when the start has come to an end, well or badly.
+    :ivar gone: set when nothing of it is left.
+    """
+
+    def __init__(self, task: str, attempt: int) -> None:
+        self.task = task
+        self.attempt = attempt
+        self.heard = False
+        self.begun = False
+        self.acked = 0
+        self.reporting = asyncio.Lock()
+        self.info: WorkerInfo | None = None
+        self.started = asyncio.Event()
+        self.gone = asyncio.Event()
+
+
+class Crew:
+    """Starts and ends the workers of one job.
+
+    :param context: the controller's surroundings.
+    :param job: the job's id.
+    :param dependencies: what the runner has to install for its code.
+    :param happened: takes the event that a worker is gone.
+    :param placed: told where a worker has been started.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        job: str,
+        dependencies: list[str],
+        *,
+        happened: Callable[[Gone], Awaitable[None]],
+        placed: Callable[[WorkerInfo], Awaitable[None]],
+    ) -> None:
+        self._context = context
+        self._job = job
+        self._dependencies = dependencies
+        self._happened = happened
+        self._placed = placed
+        self._workers: dict[tuple[str, int], Worker] = {}
+        self._early: dict[tuple[str, int], WorkerExit] = {}
+
+    def get(self, task: str, attempt: int) -> Worker | None:
+        """The worker of an attempt, also one that is gone; None for one that never was."""
+        return self._workers.get((task, attempt))
+
+    def all(self) -> list[Worker]:
+        """Every worker there was since this process of the server began."""
+        return list(self._workers.values())
+
+    def begin(self, task: str, attempt: int, role: str) -> None:
+        """Start a worker. If it cannot be started, it is gone, and the cause says why."""
+        worker = self.expect(task, attempt)
+        self._context.background.spawn(self._start(worker, role))
+
+    def expect(self, task: str, attempt: int) -> Worker:
+        """A worker may be there from now on: its calls are answered and its lease counts."""
+        worker = self._workers.setdefault((task, attempt), Worker(task, attempt))
+        self._context.logs.open(self._job, task, attempt)
+        self._context.leases.begin((self._job, task, attempt), self._context.options.deploy)
+        return worker
+
+    def adopt(self, info: WorkerInfo, role: str) -> Worker:
+        """An earlier process of the server has started this worker, and it is there. It has a lease's time to be heard."""
+        worker = self.expect(info.task, info.attempt)
+        self._context.leases.begin((self._job, info.task, info.attempt))
+        worker.info = info
+        worker.heard = True
+        worker.started.set()
+        early = self._early.pop((info.task, info.attempt), None)
+        if early is not None:
+            self._context.background.spawn(self._exit(worker, early, role))
+        return worker
+
+    def end(self, task: str, attempt: int, role: str, *, parting: bool) -> None:
+        """See to it that nothing of a worker is left.
+
+        :param parting: its task has ended, so it is about to leave by itself: give it a moment.
+        """
+        worker = self._workers.get((task, attempt))
+        if worker is not None:
+            self._context.background.spawn(self._end(worker, role, parting))
+
+    def exited(self, info: WorkerInfo, how: WorkerExit, role: str) -> None:
+        """The runner has seen the end of a worker that nobody asked to end."""
+        worker = self._workers.get((info.task, info.attempt))
+        if worker is None:  # a starting server has not come to it yet
+            self._early[info.task, info.attempt] = how
+        else:
+            self._context.background.spawn(self._exit(worker, how, role))
+
+    async def _start(self, worker: Worker, role: str) -> None:
+        options, keys = self._context.options, self._context.keys
+        spec = WorkerSpec(
+            task=worker.task,
+            job=self._job,
+            attempt=worker.attempt,
+            environment={
+                "FLAME_SERVER": options.server,
+                "FLAME_TASK": worker.task,
+                "FLAME_TASK_KEY": keys.task(worker.task, worker.attempt),
+                "FLAME_ATTEMPT": str(worker.attempt),
+            },
+            dependencies=self._dependencies,
+        )
+        try:
+            worker.info = await self._context.runner.start(spec)
+        except FlameError as error:
+            worker.started.set()
+            await self._gone(worker, self._failure(worker, role, f"Its worker could not be started: {error.message}"))
+            return
+        worker.started.set()
+        log.debug("job %s: worker %s of %s started", self._job, worker.info.handle, spec.name)
+        await self._placed(worker.info)
+
+    async def _end(self, worker: Worker, role: str, parting: bool) -> None:
+        await worker.started.wait()
+        if parting:
+            try:
+                async with asyncio.timeout(self._context.options.parting):
+                    await worker.gone.wait()
+            except TimeoutError:
+                log.warning("job %s: the worker of %s does not leave; it is ended", self._job, worker.task)
+        pause = 0.5
+        while not worker.gone.is_set() and worker.info is not None:
+            try:
+                await self._context.runner.end(worker.info, grace=self._context.options.grace)
+                break
+            except RunnerError as error:
+                log.error("job %s: the worker of %s cannot be ended: %s", self._job, worker.task, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 30.0)
+        if not worker.gone.is_set():
+            await self._gone(worker, self._failure(worker, role, "Its worker was ended."))
+
+    async def _exit(self, worker: Worker, how: WorkerExit, role: str) -> None:
+        await worker.started.wait()
+        async with worker.reporting:  # what it has said last is being written: that counts first
+            pass
+        failure = self._failure(worker, role, how.message or _exit_sentence(how))
+        failure.exit_code, failure.signal = how.exit_code, how.signal
+        if not failure.log:
+            failure.log = await self._last_words(worker)
+        await self._gone(worker, failure)
+
+    async def _gone(self, worker: Worker, failure: Failure) -> None:
+        """Nothing of the worker is left: its log is whole, its lease over, its place free."""
+        key = (self._job, worker.task, worker.attempt)
+        worker.gone.set()
+        self._context.leases.drop(key)
+        await self._happened(Gone(worker.task, worker.attempt, failure))
+        self._context.logs.close(*key)
+        self._context.freed()
+
+    async def _last_words(self, worker: Worker) -> list[str]:
+        """What the worker itself has printed, for one that never got to run its task's code."""
+        assert worker.info is not None
+        tail = b""
+        try:
+            async for piece in self._context.runner.logs(worker.info):
+                tail = (tail + piece)[-_LAST_WORDS:]
+        except RunnerError as error:
+            log.warning("job %s: the output of worker %s cannot be read: %s", self._job, worker.info.handle, error)
+        return [line[:2000] for line in tail.decode(errors="replace").splitlines()[-20:]]
+
+    def _failure(self, worker: Worker, role: str, message: str) -> Failure:
+        tail = self._context.logs.tail(self._job, worker.task, worker.attempt)
+        return Failure(message=message, task=worker.task, role=role, attempt=worker.attempt, log=tail)
+
+
+def _exit_sentence(how: WorkerExit) -> str:
+    if how.signal is not None:
+        return f"Its worker was killed by {how.signal}."
+    if how.exit_code is not None:
+        return f"Its worker ended with exit code {how.exit_code} before it said how its task ended."
+    return "Its worker ended before it said how its task ended."

@@ -1,0 +1,347 @@
+"""What the life of a job promises, whatever the order of events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flame.controller.lifecycle import (
+    TRANSITIONS,
+    Action,
+    Admit,
+    Ask,
+    Begin,
+    Clock,
+    Completed,
+    Connected,
+    End,
+    Enter,
+    Event,
+    Failed,
+    Gone,
+    JobLife,
+    Kill,
+    Missing,
+    Running,
+    Silent,
+    Start,
+    Stop,
+    TaskLife,
+    Terminated,
+    TimeUp,
+    Warn,
+    quorums,
+    settle,
+    step,
+)
+from flame.errors import Conflict
+from flame.spec.records import Failure, JobState, TaskState
+
+
+def new(trainers: int = 2, fewest: int | None = None) -> JobLife:
+    roles = [("aggregator", False)] + [("trainer", True)] * trainers
+    tasks = {f"t{i}": TaskLife(f"t{i}", role) for i, (role, _) in enumerate(roles)}
+    return JobLife("job", JobState.READY, tasks, quorums(roles, fewest))
+
+
+def drive(job: JobLife, *events: Event) -> tuple[JobLife, list[Action]]:
+    actions: list[Action] = []
+    for event in events:
+        job, more = step(job, event)
+        actions += more
+    return job, actions
+
+
+def cause(task: str = "t0") -> Failure:
+    return Failure(message="it broke", task=task)
+
+
+def all_of(job: JobLife, kind: type, attempt: int = 1) -> list[Event]:
+    return [kind(task, attempt) for task in job.tasks]
+
+
+def test_a_job_goes_through_its_states_in_order() -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Connected), *all_of(job, Running))
+    assert job.state is JobState.RUNNING
+    assert [a for a in actions if isinstance(a, Ask)] == [Ask(task, 1) for task in job.tasks]
+    assert [a for a in actions if isinstance(a, Begin)] == [Begin(task, 1) for task in job.tasks]
+    assert sum(isinstance(a, Clock) for a in actions) == 1
+    job, actions = drive(job, *all_of(job, Completed))
+    assert job.state is JobState.RUNNING, "workers are still there"
+    assert all(a.parting for a in actions if isinstance(a, End))
+    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.COMPLETED
+    assert job.failure is None
+
+
+def test_running_means_that_every_task_was_started() -> None:
+    job = new()
+    job, _ = drive(job, Start(), Admit(), Running("t0", 1), Completed("t0", 1), Running("t1", 1))
+    assert job.state is JobState.DEPLOYING
+    job, _ = drive(job, Running("t2", 1))
+    assert job.state is JobState.RUNNING
+
+
+def test_a_failed_task_fails_the_job_with_its_cause_once_every_worker_is_gone() -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Failed("t1", 1, cause("t1")))
+    assert job.state is JobState.STOPPING
+    assert {(a.task, a.parting) for a in actions if isinstance(a, End)} == {("t0", False), ("t1", True), ("t2", False)}
+    job, _ = drive(job, Gone("t0", 1, cause()), Terminated("t2", 1, cause("t2")), Gone("t2", 1, cause("t2")))
+    assert job.state is JobState.STOPPING
+    job, _ = drive(job, Gone("t1", 1, cause("t1")))
+    assert job.state is JobState.FAILED
+    assert job.failure is not None
+    assert job.failure.task == "t1"
+    assert [t.state for t in job.tasks.values()] == [TaskState.TERMINATED, TaskState.FAILED, TaskState.TERMINATED]
+
+
+def test_a_job_goes_on_without_a_trainer_while_the_quorum_is_made() -> None:
+    job = new(trainers=3, fewest=2)
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Failed("t1", 1, cause("t1")))
+    assert job.state is JobState.RUNNING
+    assert sum(isinstance(a, Warn) for a in actions) == 1
+    lost, _ = drive(job, Failed("t2", 1, cause("t2")))
+    assert lost.state is JobState.STOPPING
+    events = [Completed("t0", 1), Completed("t2", 1), Completed("t3", 1)]
+    job, _ = drive(job, *events, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.COMPLETED
+
+
+def test_an_aggregator_has_no_quorum_to_hide_behind() -> None:
+    job = new(trainers=3, fewest=1)
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Failed("t0", 1, cause("t0")))
+    assert job.state is JobState.STOPPING
+
+
+@pytest.mark.parametrize("lost", [Silent, Gone])
+def test_a_worker_lost_before_it_ran_the_code_is_replaced_once(lost: type) -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), lost("t1", 1, cause("t1")))
+    assert actions[-1] == Ask("t1", 2)
+    assert (End("t1", 1, "its worker is lost") in actions) == (lost is Silent)
+    assert job.state is JobState.DEPLOYING
+    job, _ = drive(job, Running("t1", 1))
+    assert job.tasks["t1"].state is TaskState.DEPLOYING, "a report of the old attempt counts for nothing"
+    job, _ = drive(job, lost("t1", 2, cause("t1")))
+    assert job.state is JobState.STOPPING
+
+
+def test_a_worker_lost_while_it_ran_the_code_is_not_replaced() -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), Running("t1", 1), Gone("t1", 1, cause("t1")))
+    assert job.state is JobState.STOPPING
+    assert Ask("t1", 2) not in actions
+
+
+def test_a_worker_that_somebody_else_terminated_fails_its_task() -> None:
+    job = new()
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Terminated("t1", 1, cause("t1")))
+    assert job.state is JobState.STOPPING
+    assert job.failure is not None
+
+
+def test_stopping_a_queued_job_terminates_it_at_once() -> None:
+    job, actions = drive(new(), Start(), Stop())
+    assert [a.state for a in actions if isinstance(a, Enter)] == [
+        JobState.STARTING,
+        JobState.STOPPING,
+        JobState.TERMINATED,
+    ]
+    assert {t.state for t in job.tasks.values()} == {TaskState.TERMINATED}
+
+
+def test_stopping_ends_every_worker_and_then_terminates() -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Stop(), Stop())
+    assert sum(isinstance(a, End) for a in actions) == 3
+    assert job.state is JobState.STOPPING
+    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.TERMINATED
+
+
+def test_stopping_a_job_whose_work_is_done_does_not_undo_it() -> None:
+    job = new()
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Completed), Stop())
+    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.COMPLETED
+
+
+def test_a_job_that_runs_too_long_fails_and_says_so() -> None:
+    job = new()
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), TimeUp(2.0))
+    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.FAILED
+    assert job.failure is not None
+    assert "maxRunTime of 2 s" in job.failure.message
+
+
+def test_a_worker_that_a_killed_server_never_started_is_started_under_a_new_attempt() -> None:
+    job = new()
+    job, _ = drive(job, Start(), Admit())
+    for attempt in (1, 2, 3):
+        job, actions = drive(job, Missing("t1", attempt, cause("t1")))
+        assert actions == [Ask("t1", attempt + 1)]
+    assert job.tasks["t1"].replaced == 0
+    assert job.tasks["t1"].live == {4}
+
+
+@pytest.mark.parametrize(
+    ("events", "request_", "words"),
+    [
+        ([Start()], Start(), "is starting"),
+        ([Start(), Stop()], Start(), "has ended (terminated)"),
+        ([], Stop(), "is ready"),
+        ([Start(), Stop()], Stop(), "has ended (terminated)"),
+        ([Start()], Kill("t0"), "no worker to end: it is ready"),
+    ],
+)
+def test_an_illegal_request_is_refused_with_a_sentence_that_names_the_state(
+    events: list[Event], request_: Event, words: str
+) -> None:
+    job, _ = drive(new(), *events)
+    with pytest.raises(Conflict) as error:
+        step(job, request_)
+    assert words in str(error.value)
+
+
+def test_ending_a_task_fails_it_and_ends_its_worker_without_delay() -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Kill("t2"))
+    assert job.tasks["t2"].state is TaskState.FAILED
+    assert next(a for a in actions if isinstance(a, End) and a.task == "t2").parting is False
+    assert job.failure is not None
+    assert job.failure.role == "trainer"
+
+
+TASKS = [f"t{i}" for i in range(4)]
+tasks = st.sampled_from(TASKS)
+attempts = st.integers(1, 2)
+
+
+@st.composite
+def events(draw: st.DrawFn) -> Event:
+    task, attempt = draw(tasks), draw(attempts)
+    failure = Failure(message="it broke", task=task, attempt=attempt)
+    return draw(
+        st.sampled_from(
+            [
+                Start(),
+                Admit(),
+                Stop(),
+                TimeUp(1.0),
+                Kill(task),
+                Connected(task, attempt),
+                Running(task, attempt),
+                Running(task, attempt),
+                Completed(task, attempt),
+                Completed(task, attempt),
+                Failed(task, attempt, failure),
+                Terminated(task, attempt, failure),
+                Silent(task, attempt, failure),
+                Gone(task, attempt, failure),
+                Gone(task, attempt, failure),
+                Missing(task, attempt, failure),
+            ]
+        )
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(events(), max_size=60),
+    st.sampled_from([None, 1, 2]),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_any_order_of_events_keeps_the_promises(
+    history: list[Event], fewest: int | None, head: int, restarts: bool
+) -> None:
+    job = new(trainers=3, fewest=fewest)
+    states = [job.state]
+    asked: set[tuple[str, int]] = set()
+    gone: set[tuple[str, int]] = set()
+    ended: set[tuple[str, int]] = set()
+    clocks = 0
+    for event in [Start(), Admit()][:head] + history:
+        if isinstance(event, Gone | Missing):
+            if (event.task, event.attempt) not in asked:
+                continue  # nothing that was never started can end
+            gone.add((event.task, event.attempt))
+        elif not isinstance(event, Start | Admit | Stop | TimeUp | Kill) and (event.task, event.attempt) not in asked:
+            continue  # the shell knows no such worker: it holds no key
+        before = job
+        try:
+            job, actions = step(job, event)
+        except Conflict:
+            assert job == before
+            continue
+        for action in actions:
+            match action:
+                case Enter(state=state):
+                    assert state in TRANSITIONS[states[-1]], "only legal transitions"
+                    states.append(state)
+                case Ask(task=task, attempt=attempt):
+                    assert (task, attempt) not in asked, "no worker is asked for twice"
+                    assert attempt == job.tasks[task].attempt
+                    assert not job.state.ended
+                    asked.add((task, attempt))
+                case End(task=task, attempt=attempt):
+                    assert (task, attempt) not in ended, "no worker is ended twice"
+                    ended.add((task, attempt))
+                case Clock():
+                    clocks += 1
+                case _:
+                    pass
+        assert states[-1] is job.state
+        check(before, job, asked, gone, ended)
+        if restarts:  # a server that reads this state finds nothing that it would decide differently
+            forgotten = {key: replace(task, ending=frozenset()) for key, task in job.tasks.items()}
+            again, _ = settle(replace(job, tasks=forgotten))
+            assert again.state is job.state
+            assert {t.state for t in again.tasks.values()} == {t.state for t in job.tasks.values()}
+    assert clocks <= 1
+    assert sum(state.ended for state in states) <= 1, "a job ends once"
+    assert all(a is not b for a, b in pairwise(states))
+
+
+def check(
+    before: JobLife,
+    job: JobLife,
+    asked: set[tuple[str, int]],
+    gone: set[tuple[str, int]],
+    ended: set[tuple[str, int]],
+) -> None:
+    live = {(t.id, attempt) for t in job.tasks.values() for attempt in t.live}
+    assert live == asked - gone, "the state knows exactly the workers that may be there"
+    for old, new_ in zip(before.tasks.values(), job.tasks.values(), strict=True):
+        assert new_.attempt >= old.attempt
+        if old.state.ended:
+            assert new_.state is old.state, "a task ends once"
+        if new_.state is TaskState.FAILED:
+            assert new_.failure is not None, "every failure says why"
+    if before.state.ended:
+        assert job.state is before.state
+    if job.state.ended:
+        assert not live, "an ended job has no worker left"
+        assert all(t.state.ended for t in job.tasks.values())
+    if job.state is JobState.STOPPING:
+        assert live <= ended, "every worker of a stopping job was asked to end"
+    for task in job.tasks.values():
+        if task.state.ended:
+            assert {(task.id, a) for a in task.live} <= ended, "every worker of an ended task was asked to end"
+    done = dict.fromkeys(job.quorum, 0)
+    for task in job.tasks.values():
+        done[task.role] += task.state is TaskState.COMPLETED
+    enough = all(t.state.ended for t in job.tasks.values()) and all(done[r] >= n for r, n in job.quorum.items())
+    if job.state is JobState.COMPLETED:
+        assert enough
+    if enough and not live and job.state is not JobState.COMPLETED:
+        assert JobState.STOPPING is before.state or job.state in (JobState.FAILED, JobState.TERMINATED)
+    if job.state is JobState.FAILED:
+        assert job.failure is not None
