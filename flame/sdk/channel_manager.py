@@ -163,7 +163,14 @@ class ChannelManager:
 
     def _me(self) -> Member:
         attempt = self._attempt if self._attempt is not None else int(os.environ.get("FLAME_ATTEMPT") or 1)
-        return Member(end=self.config.task_id, role=self.config.role, attempt=attempt, dials=bool(self.config.dataset))
+        groups = (f"{channel}={group}" for channel, group in sorted(self.config.group_association.items()))
+        return Member(
+            end=self.config.task_id,
+            role=self.config.role,
+            attempt=attempt,
+            dials=bool(self.config.dataset),
+            order=" ".join((self.config.dataset, self.config.realm, *groups)),
+        )
 
     def _backend(self, spec: ChannelConfig) -> Backend:
         sort = spec.backend or self.config.backend
