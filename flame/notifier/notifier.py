@@ -23,8 +23,6 @@ from flame.store import Store
 
 Until = Callable[[Event], bool]
 
-_PAGE = 500
-
 
 class _Follower:
     """What is handed over to one follower and not yet taken."""
@@ -76,11 +74,13 @@ class Notifier:
 
     :param store: where the events are kept.
     :param backlog: most events held in memory for a follower that is slower than its stream.
+    :param page: most events read from the store at once.
     """
 
-    def __init__(self, store: Store, *, backlog: int = 256) -> None:
+    def __init__(self, store: Store, *, backlog: int = 256, page: int = 500) -> None:
         self._store = store
         self._backlog = backlog
+        self._page = page
         self._streams: dict[str, set[_Follower]] = {}
         self._closed = False
 
@@ -133,8 +133,8 @@ class Notifier:
             while not follower.ended:
                 if behind:
                     follower.known = 0  # what becomes known during the read counts again
-                    events = await self._store.read(stream, after=after, limit=_PAGE)
-                    behind = len(events) == _PAGE
+                    events = await self._store.read(stream, after=after, limit=self._page)
+                    behind = len(events) == self._page
                 else:
                     events = follower.take(after)
                     if not events:
