@@ -64,10 +64,14 @@ class Environments:
         if key not in self._building:
             task = self._building[key] = asyncio.create_task(self._have(self._root / key, wanted))
             task.add_done_callback(lambda _: self._building.pop(key))
-        return await asyncio.shield(self._building[key])
+        building = self._building[key]
+        await asyncio.wait([building])  # a caller that is cancelled does not take the others' installation along
+        if building.cancelled():
+            raise RunnerError(f"The installation of {', '.join(wanted)} was broken off, since the server ends.")
+        return building.result()
 
     def close(self) -> None:
-        """Break off what is being installed."""
+        """Break off what is being installed; those who wait for it get a RunnerError."""
         for task in self._building.values():
             task.cancel()
 
