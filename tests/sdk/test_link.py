@@ -98,7 +98,7 @@ def test_peers_are_told_to_the_channel_that_joined(flamelet):
         "type": "join",
         "channel": "param",
         "group": "default",
-        "member": {"end": "t1", "role": "trainer", "attempt": 1, "dials": True, "addresses": []},
+        "member": {"end": "t1", "role": "trainer", "attempt": 1, "dials": True, "addresses": [], "order": ""},
     }
     other = {"end": "a1", "role": "aggregator", "attempt": 2, "dials": False, "addresses": ["tcp://h:1"], "new": 1}
     flamelet.say(type="peers", channel="another", group="default", joined=[other], left=[])

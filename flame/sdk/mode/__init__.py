@@ -1,1 +1,1 @@
-"""Roles, composed of tasklets."""
+"""Roles: what workers of each topology do, composed of tasklets."""

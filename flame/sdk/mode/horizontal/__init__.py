@@ -1,0 +1,1 @@
+"""Horizontal federated learning: sites with different samples of the same features."""

@@ -1,0 +1,1 @@
+"""Synchronous rounds: all who take part work on the same global model."""

@@ -1,0 +1,157 @@
+"""The trainer of synchronous federated learning: fetch the model, train it, send it back, until the work is done.
+
+It works for whatever round it is given. When its aggregator disappears, it waits for it to come back (as long as the
+policy's ``joinDeadline`` allows) and goes on with the round that it is given then; what it had trained is
+lost if it could not be sent, as an update of an old round is of no use.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from flame.errors import EndLeft, WorkerError
+from flame.sdk import optimizers
+from flame.sdk.channel import VAL_CH_STATE_RECV, Channel
+from flame.sdk.codec import Message
+from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.message import MessageType
+from flame.sdk.mode.role import Role
+from flame.sdk.mode.tasklet import Loop, Tasklet
+from flame.sdk.optimizers.base import Regularizer, difference
+from flame.sdk.weights import as_arrays, get_weights, set_weights
+
+log = logging.getLogger(__name__)
+
+TAG_FETCH = "fetch"
+TAG_UPLOAD = "upload"
+
+
+class Trainer(Role):
+    """Trains the global model on its own data.
+
+    The user writes ``load_data``, ``initialize`` (which sets ``self.model``), ``train`` (which sets ``self.dataset_size``)
+    and ``evaluate``; ``self.regularizer.get_term(...)`` is the optimizer's term for the local loss.
+
+    :ivar dataset_size: how many samples were trained on; the weight of this update in the mean. With 0 it counts nothing.
+    :ivar local_steps: how many steps of local SGD a round makes, for the algorithms that need to know (scaffold ...).
+    """
+
+    dataset_size: int
+    local_steps: int = 1
+    regularizer: Regularizer
+    _source: str | None = None
+    _source_attempt: int = 1
+    _sends_differences: bool = False
+    _start: Mapping[str, Any] | None = None
+
+    def internal_init(self) -> None:
+        """See :class:`Role`; also makes the optimizer's part for trainers."""
+        super().internal_init()
+        optimizer = optimizers.make(self.config.optimizer.sort, self.config.optimizer.kwargs)
+        self.regularizer = optimizer.regularizer()
+        self._sends_differences = optimizer.differences
+        self._source = None
+
+    @abstractmethod
+    def train(self) -> None:
+        """For the user: train ``self.model`` and set ``self.dataset_size``."""
+
+    def get(self, tag: str) -> None:
+        """What the tasklet ``fetch`` does."""
+        if tag == TAG_FETCH:
+            self._fetch_weights(tag)
+
+    def put(self, tag: str) -> None:
+        """What the tasklet ``upload`` does."""
+        if tag == TAG_UPLOAD:
+            self._send_weights(tag)
+
+    def _fetch_weights(self, tag: str) -> None:
+        message = self._newest(self.channel(tag))
+        if message.get(MessageType.EOT):
+            self._work_done = True
+            return
+        self._round = message[MessageType.ROUND]
+        self._source_attempt = message.attempt
+        weights = as_arrays(message[MessageType.WEIGHTS])
+        set_weights(self.model, weights)
+        self._start = weights if self._sends_differences else None
+        self.regularizer.begin(weights, as_arrays(message.get(MessageType.EXTRA, {})))
+
+    def _newest(self, channel: Channel) -> Message:
+        """The next message; of several that have gathered the last one, or the one that ends the work."""
+        while True:
+            if self._source is None or (channel.is_rxq_empty(self._source) and not channel.has(self._source)):
+                self.await_peer(channel)
+                # Who has left may have said something last, such as that the work is done.
+                self._source = next(iter(channel.heard()), None) or channel.one_end(VAL_CH_STATE_RECV)
+            message, _ = channel.recv(self._source)
+            while message is not None and MessageType.EOT not in message and not channel.is_rxq_empty(self._source):
+                del message  # frees its memory before the next one is looked at
+                message, _ = channel.recv(self._source)
+            if message is not None:
+                return message
+            log.info("The aggregator %s left before it sent round %d; waiting for it.", self._source, self._round + 1)
+            self._source = None
+
+    def _send_weights(self, tag: str) -> None:
+        channel = self.channel(tag)
+        weights = get_weights(self.model)
+        extra = self.regularizer.finish(weights, *self._training())
+        message: dict[Any, Any] = {
+            MessageType.WEIGHTS: weights if self._start is None else difference(weights, self._start),
+            MessageType.DATASET_SIZE: self._count(),
+            MessageType.MODEL_VERSION: self._round,
+            MessageType.ROUND: self._round,
+        }
+        if extra:
+            message[MessageType.EXTRA] = extra
+        channel.set_property("round", self._round)
+        assert self._source is not None  # upload follows fetch
+        try:
+            # `of`: an aggregator that was started anew must not take an update of its predecessor's round.
+            channel.send(self._source, message, kind="update", metadata={"of": self._source_attempt})
+        except EndLeft as error:
+            log.info("The update of round %d is lost: %s", self._round, error)
+
+    def _training(self) -> tuple[int, float]:
+        """Local steps and learning rate of this round, for algorithms that need them."""
+        return self.local_steps, self.config.hyperparameters.learning_rate or 1.0
+
+    def _count(self) -> float:
+        count = getattr(self, "dataset_size", None)
+        if count is None:
+            raise WorkerError(
+                f"{type(self).__name__} has no dataset_size: set self.dataset_size to the number of samples "
+                "that it trains on, which is its weight in the mean."
+            )
+        return float(count)
+
+    def save_metrics(self) -> None:
+        """Report what :meth:`update_metrics` was told in this round."""
+        metrics = self.take_metrics()
+        if metrics:
+            self.link.metrics(self._round, metrics)
+
+    def compose(self) -> None:
+        """Put the workflow together: load_data, initialize, then until the work is done fetch, train, evaluate, upload."""
+        with Composer() as composer:
+            self.composer = composer
+            internal_init = Tasklet("internal_init", self.internal_init)
+            load_data = Tasklet("load_data", self.load_data)
+            initialize = Tasklet("initialize", self.initialize)
+            fetch = Tasklet("fetch", self.get, TAG_FETCH)
+            train = Tasklet("train", self.train)
+            evaluate = Tasklet("evaluate", self.evaluate)
+            upload = Tasklet("upload", self.put, TAG_UPLOAD)
+            save_metrics = Tasklet("save_metrics", self.save_metrics)
+            loop = Loop(loop_check_fn=lambda: self._work_done)
+        internal_init >> load_data >> initialize >> loop(fetch >> train >> evaluate >> upload >> save_metrics)
+
+    @classmethod
+    def get_func_tags(cls) -> list[str]:
+        """See :class:`Role`."""
+        return [TAG_FETCH, TAG_UPLOAD]

@@ -1,0 +1,169 @@
+"""What all roles have in common: a configuration, channels, metrics, a workflow; and how they wait for each other."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flame.errors import ChannelError, DeadlineExceeded, WorkerError
+from flame.sdk import link as links
+from flame.sdk.channel import Channel
+from flame.sdk.channel_manager import ChannelManager
+from flame.sdk.config import Config
+from flame.sdk.link import Link
+from flame.sdk.mode.composer import Composer
+
+log = logging.getLogger(__name__)
+
+#: A wait shorter than this is nothing to tell the user of, in seconds.
+SHORT_WAIT = 1.0
+
+
+class Role(ABC):
+    """Base of all roles. A user's class sets :attr:`config` in its ``__init__``, which need not call this one's.
+
+    :ivar config: the task's configuration.
+    :ivar model: what is trained; see :mod:`flame.sdk.weights` for what it may be. Set in ``initialize``.
+    :ivar composer: the workflow, after :meth:`compose`.
+    :ivar cm: the channels, after ``internal_init``.
+    :ivar attempt: which start of the task this process is.
+    :ivar metrics: what :meth:`update_metrics` was told since the last report.
+    """
+
+    config: Config
+    model: Any = None
+    composer: Composer
+    cm: ChannelManager
+    metrics: dict[str, float]
+    link: Link
+    attempt: int = 1
+    _round: int = 1
+    _work_done: bool = False
+
+    def internal_init(self) -> None:
+        """The first tasklet: join the channels."""
+        self.link = links.current()
+        self.metrics = {}
+        self._round = 1
+        self._work_done = False
+        self.attempt = int(os.environ.get("FLAME_ATTEMPT") or 1)
+        self.cm = ChannelManager(self.config, rendezvous=self.link.rendezvous, attempt=self.attempt)
+        self.cm.join_all()
+
+    def load_data(self) -> None:
+        """For the user: load the data. Does nothing where it is not written."""
+
+    @abstractmethod
+    def initialize(self) -> None:
+        """For the user: make the model, as ``self.model``."""
+
+    def evaluate(self) -> None:
+        """For the user: evaluate the model and tell :meth:`update_metrics`. Does nothing where it is not written."""
+
+    @abstractmethod
+    def compose(self) -> None:
+        """Put the workflow together, as ``self.composer``."""
+
+    def run(self) -> None:
+        """Do the workflow to its end.
+
+        :raises flame.errors.FlameError: the work cannot be done; what the user's own code raises passes through.
+        """
+        _ensure_logging()
+        if not hasattr(self, "composer"):
+            raise WorkerError(f"{type(self).__name__} has no workflow yet: call compose() before run().")
+        try:
+            self.composer.run()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the channels and say what is left to say. Safe to call again."""
+        if "cm" in self.__dict__:
+            self.cm.cleanup()
+        if "link" in self.__dict__:
+            self.link.waiting("")
+            self.link.flush()
+
+    @classmethod
+    def get_func_tags(cls) -> list[str]:
+        """The function tags that this role's code acts on."""
+        return []
+
+    def update_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Report metrics of the current round.
+
+        :param metrics: numbers by name, also those of numpy and PyTorch. One that is not finite is left out, with a warning.
+        :raises flame.errors.WorkerError: a value is no number.
+        """
+        for name, value in metrics.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError) as error:
+                raise WorkerError(f"update_metrics: {name!r} is {value!r}, which is no number.") from error
+            if math.isfinite(number):
+                self.metrics[str(name)] = number
+            else:
+                self.link.warning(f"The metric {name!r} of {self.config.role} is {number} in round {self._round}.")
+
+    def take_metrics(self) -> dict[str, float]:
+        """What was reported since the last call."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
+
+    def channel(self, tag: str) -> Channel:
+        """The channel that a function tag of this role acts on.
+
+        :raises flame.errors.ChannelError: there is none.
+        """
+        channel = self.cm.get_by_tag(tag)
+        if channel is None:
+            tags = ", ".join(sorted(self.config.func_tag_map)) or "none"
+            raise ChannelError(
+                f"No channel of role {self.config.role} has the function tag {tag!r} (it has {tags}): "
+                "name it in the channel's funcTags."
+            )
+        return channel
+
+    def wait_for(self, channel: Channel, enough: Callable[[], bool], whom: Callable[[], str], timeout: float) -> bool:
+        """Wait until ``enough()``; a wait that is not short is told to the user.
+
+        :param whom: says what is waited for, as in ``2 more workers of role trainer``.
+        :param timeout: seconds.
+        :returns: whether it came.
+        """
+        if channel.wait_until(enough, min(SHORT_WAIT, timeout)):
+            return True
+        if timeout > SHORT_WAIT:
+            self.link.waiting(f"Waiting for {whom()} on channel {channel.name()}.")
+            came = channel.wait_until(enough, timeout - SHORT_WAIT)
+            self.link.waiting("")
+            return came
+        return False
+
+    def await_peer(self, channel: Channel) -> None:
+        """Wait until somebody is there, as long as the policy's ``joinDeadline`` allows.
+
+        :raises flame.errors.DeadlineExceeded: nobody came.
+        """
+        deadline = self.config.policy.join_deadline
+        if not self.wait_for(
+            channel,
+            lambda: not channel.empty() or bool(channel.heard()),
+            lambda: f"a worker of role {channel.other_role()}",
+            deadline,
+        ):
+            raise DeadlineExceeded(
+                f"No worker of role {channel.other_role()} was on channel {channel.name()} (group {channel.groupby()}) "
+                f"within {deadline:g} s (policy.joinDeadline)."
+            )
+
+
+def _ensure_logging() -> None:
+    """By hand nobody has set up logging, and the metrics go to the log."""
+    if not logging.getLogger().handlers and "FLAME_TASK" not in os.environ:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
