@@ -47,11 +47,9 @@ async def attached(folder: Path, private: PrivateServer | None = None) -> AsyncI
     backoff = Backoff(patience=_PATIENCE)
     async with contextlib.AsyncExitStack() as stack:
         while True:
-            url = await _url(private) if private else running(folder)
             try:
-                if url is None:
-                    raise ServerUnreachable(private.complaint() if private else f"No server runs in {folder}.")
-                client = await stack.enter_async_context(Client(url))
+                client = Client(await _url(folder, private))
+                await stack.enter_async_context(client)
                 await stack.enter_async_context(client.attach())
                 break
             except ServerUnreachable as error:
@@ -62,20 +60,29 @@ async def attached(folder: Path, private: PrivateServer | None = None) -> AsyncI
                     private = PrivateServer(folder)
                 else:
                     raise
+            except BaseException:
+                if private is not None:
+                    private.end()
+                raise
         yield client
 
 
-async def _url(private: PrivateServer) -> str | None:
-    """Its address once it listens; None if it ended instead."""
+async def _url(folder: Path, private: PrivateServer | None) -> str:
+    """The address of a server: of the private one once it listens, else of the one that runs in the folder."""
+    if private is None:
+        url = running(folder)
+        if url is None:
+            raise ServerUnreachable(f"No server runs in {folder}.")
+        return url
     assert private.process.stdout is not None
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), private.process.stdout)
     try:
         return address(await reader.readline())[0]
-    except ValueError:
+    except ValueError as error:
         await asyncio.to_thread(private.process.wait)
-        return None
+        raise ServerUnreachable(private.complaint()) from error
     finally:
         transport.close()
 

@@ -14,6 +14,9 @@ from flame.errors import JobFailed, SpecError
 from flame.spec.load import JobBundle, load_job
 from flame.spec.records import Event, Job
 
+#: Seconds that a server on this machine, which nobody may start again, can be away before a job is given up.
+PATIENCE = 30.0
+
 
 class Reading:
     """A JOB being read. What is registered on the server is only asked when it matters; mostly the files say everything.
@@ -83,10 +86,12 @@ async def run(
     :raises flame.errors.FlameError: it could not be submitted.
     """
     reading = Reading(job, overrides)
-    async with serving(config.resolve(server, token)) as client:
+    settings = config.resolve(server, token)
+    patience = PATIENCE if settings.server is None else None
+    async with serving(settings) as client:
         submitted = await client.jobs.submit(await reading.finish(client))
         await client.jobs.start(submitted.id)
-        async with aclosing(client.jobs.events(submitted.id, follow=True)) as events:
+        async with aclosing(client.jobs.events(submitted.id, follow=True, patience=patience)) as events:
             async for event in events:
                 if on_event is not None:
                     on_event(event)

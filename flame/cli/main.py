@@ -1,0 +1,51 @@
+"""``flame``: the command line's entry."""
+
+from __future__ import annotations
+
+import click
+
+from flame.cli.app import CONTEXT, LazyGroup, examples, finish
+
+_COMMANDS = {
+    "run": ("flame.cli.run:run", "Run a job to its end and watch it."),
+    "serve": ("flame.cli.serve:serve", "Run a server."),
+    "job": ("flame.cli.job:job", "Create, start, follow, stop jobs; read their logs."),
+    "task": ("flame.cli.task:task", "The tasks of a job: list, get, logs, delete."),
+    "design": ("flame.cli.design:design", "Named workflows: a schema and the code of its roles."),
+    "schema": ("flame.cli.schema:schema", "The topology of a design; draw it."),
+    "code": ("flame.cli.code:code", "The code of a design's roles."),
+    "dataset": ("flame.cli.dataset:dataset", "Data registered by URL and realm."),
+    "config": ("flame.cli.config:config", "Where the server is and who asks."),
+    "version": ("flame.cli.main:version", "Print the version."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy=_COMMANDS,
+    context_settings=CONTEXT,
+    epilog=examples("flame run examples/digits", "flame serve", "flame job list"),
+)
+def flame() -> None:
+    """Federated learning: compose it, run it, watch it."""
+
+
+@click.command(context_settings=CONTEXT, epilog=examples("flame version"))
+@click.option(
+    "-o", "--output", "how", type=click.Choice(["table", "json", "yaml"]), default="table", help="What to print."
+)
+def version(how: str) -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    from flame.cli import output
+
+    output.show({"version": installed("flame")}, how, lambda: click.echo(f"flame {installed('flame')}"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and end the process with its status.
+
+    :param arguments: None takes the process's own.
+    """
+    finish(flame, arguments)

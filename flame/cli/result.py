@@ -1,0 +1,86 @@
+"""How a job that has ended is told: the rounds, the model, or the cause of its failure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import msgspec
+
+from flame.cli import output
+from flame.spec.records import Failure, Job, JobState, Model, Round
+
+_MOST_ROUNDS = 40
+
+
+def document(job: Job) -> dict[str, Any]:
+    """What ``flame run -o json`` prints."""
+    result: dict[str, Any] = {
+        "job": job.id,
+        "state": job.state.value,
+        "rounds": [{"round": one.round, "metrics": one.metrics, "seconds": one.seconds} for one in job.rounds],
+        "model": msgspec.to_builtins(job.model),
+    }
+    if job.failure is not None:
+        result["failure"] = msgspec.to_builtins(job.failure)
+    return result
+
+
+def report(job: Job) -> None:
+    """Print how a job ended, for people."""
+    if job.rounds:
+        click.echo()
+        rounds(job.rounds)
+    click.echo()
+    took = output.span(job.ended_at - job.started_at) if job.ended_at and job.started_at else None
+    facts: list[tuple[str, object]] = [("job", f"{job.name} ({job.id})"), ("state", job.state.value), ("took", took)]
+    if job.state is not JobState.COMPLETED:
+        facts += [("reason", job.reason), *failure(job.failure)]
+    if job.model is not None:
+        facts += [("model", where(job.model)), ("load it", how_to_load(job.model))]
+    output.facts([*facts, ("warnings", "\n".join(job.warnings))])
+
+
+def rounds(done: list[Round]) -> None:
+    """Print a table of rounds, shortened in the middle when there are many."""
+    names = list(dict.fromkeys(name for one in done for name in one.metrics))
+    rows: list[list[object]] = [
+        [
+            one.round,
+            *(output.number(one.metrics[name]) if name in one.metrics else None for name in names),
+            f"{one.seconds:.3f}",
+        ]
+        for one in done
+    ]
+    left_out = len(rows) - _MOST_ROUNDS
+    if left_out > 0:
+        middle = _MOST_ROUNDS // 2
+        rows[middle:-middle] = [["..."] * (len(names) + 2)]
+    output.table(["round", *names, "seconds"], rows, right=range(len(names) + 2))
+    if left_out > 0:
+        click.echo(f"({left_out} rounds in the middle are left out; `-o json` has them all)")
+
+
+def failure(cause: Failure | None) -> list[tuple[str, object]]:
+    """Why something failed, as names and values."""
+    if cause is None:
+        return []
+    who = f"{cause.role} (task {cause.task}, attempt {cause.attempt})" if cause.task else None
+    how = cause.signal or (f"exit code {cause.exit_code}" if cause.exit_code is not None else None)
+    return [("cause", cause.message), ("task", who), ("ended by", how), ("its log", "\n".join(cause.log))]
+
+
+def where(model: Model) -> str:
+    """Where a model is."""
+    registered = f"{model.name} version {model.version}" if model.version else model.name
+    places = [f"{registered} in the registry {model.registry}" + (f", {model.uri}" if model.uri else ""), model.path]
+    return "\n".join(place for place in places if place)
+
+
+def how_to_load(model: Model) -> str | None:
+    """A line of Python that gives the weights."""
+    if model.registry == "mlflow" and model.version:
+        return f'mlflow.pytorch.load_model("models:/{model.name}/{model.version}")'
+    if model.path and model.path.endswith(".safetensors"):
+        return f'safetensors.numpy.load_file("{model.path}")'
+    return None
