@@ -128,7 +128,7 @@ def entries(data: Any, schema: Schema | None, places: Places, notes: list[str], 
     if isinstance(data, dict) and {"fromSystem", "fromUser"} & data.keys():
         data, inside = _older(data, schema, here, notes), (*inside, "fromSystem")
         here = Places({(): (file, inside)})
-    elif isinstance(data, list) and all(isinstance(one, dict) and "role" in one for one in data):
+    elif isinstance(data, list) and (not data or any(isinstance(one, dict) for one in data)):
         places.put(("dataSpec",), file, inside)
         return data
     elif isinstance(data, dict) and {"role", "datasetGroups"} & data.keys():
@@ -182,6 +182,7 @@ def match(
     :param registered: ids that the server knows.
     :raises flame.errors.SpecError: a dataset is neither brought nor registered.
     """
+    local = _distinct(local)
     used: dict[str, Local] = {}
     unknown: list[tuple[str, Path]] = []
     for ref, path in _ids(data_spec):
@@ -226,6 +227,17 @@ def match(
         # A dataset that is called by two words keeps one entry for each, so that every id in the dataSpec stays as written.
         chosen.append(Local({**one.data, "id": ref}, one.label, (), one.file, one.inside))
     return chosen
+
+
+def _distinct(local: list[Local]) -> list[Local]:
+    """Without repetitions of a dataset that is listed twice, in two groups for example, under one id."""
+    seen: list[dict[str, Any]] = []
+    kept: list[Local] = []
+    for one in local:
+        if one.data.get("id") is None or one.data not in seen:
+            seen.append(one.data)
+            kept.append(one)
+    return kept
 
 
 def _ids(data_spec: Any) -> Iterator[tuple[str, Path]]:

@@ -14,8 +14,6 @@ and the places where everything was written, so that a later complaint can name 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import re
 from collections.abc import Collection, Iterable
 from pathlib import Path as FilePath
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 from flame.errors import SpecError, UsageError
 from flame.spec import bundle, datasets, normal
 from flame.spec.check import check_dataset, check_job, check_schema
+from flame.spec.gather import Brought, dataset_files, name_in
 from flame.spec.nouns import Dataset, JobForm, Name, Schema
 from flame.spec.nouns import Form as _Form
 from flame.spec.override import apply_overrides, split
@@ -43,8 +42,6 @@ __all__ = [
 
 #: What a job file may give by path instead of inline.
 _BY_PATH = {"schema": "schemaPath", "dataSpec": "dataSpecPath", "modelSpec": "modelSpecPath", "code": "codePath"}
-#: Largest .json or .yaml file that is opened to see whether it describes a dataset or is the data.
-_PEEK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +103,7 @@ def load_datasets(source: str | FilePath) -> list[Dataset]:
     """Read datasets: a file with one or with a list, a folder with ``dataset*`` files, or standard input."""
     path = FilePath(source).expanduser()
     if str(source) != "-" and path.is_dir():
-        files = _dataset_files(path)
+        files = dataset_files(path)
         if not files:
             raise UsageError(f"{source}: there is no dataset*.json or dataset*.yaml in this folder.")
         return [dataset for file in files for dataset in load_datasets(file)]
@@ -129,15 +126,6 @@ def load_design(source: str | FilePath) -> DesignForm:
     if isinstance(data, dict):
         data = {key: value for key, value in normal.present(data).items() if key not in ("id", "userId")}
     return shape(data, DesignForm, Places({(): (name, ())}))
-
-
-def _dataset_files(folder: FilePath) -> list[FilePath]:
-    found = [
-        file
-        for file in folder.iterdir()
-        if file.name.lower().startswith("dataset") and file.suffix.lower() in SUFFIXES and file.is_file()
-    ]
-    return sorted(found, key=lambda file: datasets.natural(file.name))
 
 
 class _Loader:
@@ -228,9 +216,7 @@ class _Loader:
                 raise SpecError(f"{key} and {by_path} say the same thing; keep one of them.", self.file.name)
 
     def _name(self, path: FilePath) -> str:
-        """What to call a file: relative to the job's folder where it lies in it."""
-        path = path.resolve()
-        return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else str(path)
+        return name_in(self.folder, path)
 
     def _part(self, data: dict[str, Any], key: str) -> tuple[Any, FilePath | None]:
         """One part of the job: inline, from the file that is named, or from the file with the usual name; None if there is none.
@@ -331,99 +317,21 @@ class _Loader:
     def _data(self, data: dict[str, Any], schema: Schema | None) -> tuple[Any, list[dict[str, Any]]]:
         """The dataSpec, and the datasets that the job brings and uses."""
         spec, path = self._part(data, "dataSpec")
-        local: list[datasets.Local] = []
         given = data.get("datasets")
+        brought = Brought(self.folder, self.file.name, self.places, self.notes)
         if given is None:
-            local = [self._described(file) for file in _dataset_files(self.folder)]
+            brought.find()
         elif spec is not None:
-            self._brought(given if isinstance(given, list) else [given], local, ("datasets",))
+            brought.take(given if isinstance(given, list) else [given], ("datasets",))
         if spec is not None:
             name = self._name(path) if path is not None else self.file.name
             inside = () if path is not None else ("dataSpec",)
             spec = datasets.entries(spec, schema, self.places, self.notes, file=name, inside=inside)
-        elif given is not None or local:
-            spec = self._derived(given, local, schema)
+        elif given is not None or brought.local:
+            spec = brought.derive(given, schema)
         else:
             spec = []
-        used = datasets.match(spec, local, self.registered, self.places, self.notes)
+        used = datasets.match(spec, brought.local, self.registered, self.places, self.notes)
         for index, one in enumerate(used):
             self.places.put(("datasets", index), one.file, one.inside)
         return spec, [one.data for one in used]
-
-    def _derived(self, given: Any, local: list[datasets.Local], schema: Schema | None) -> Any:
-        """A dataSpec for datasets that come without one: by role and group as they are listed, or all to the only place."""
-        where = self.places.where("datasets") if given is not None else self.file.name
-        if given is None:
-            _number(local)
-            refs: Any = [one.data["id"] for one in local]
-            return datasets.entries(refs, schema, self.places, self.notes, file=self.file.name, inside=())
-        nested: dict[str, dict[str, list[str]]] = {}
-        ranges: list[tuple[str, str, int, int]] = []
-        for role, group, items, path in datasets.by_role(given, schema, where):
-            if not isinstance(items, list):
-                raise SpecError(
-                    f"must be a list of datasets, not {describe(items)}.", self.places.where("datasets", *path)
-                )
-            start = len(local)
-            self._brought(items, local, ("datasets", *path))
-            ranges.append((role, group, start, len(local)))
-        _number(local)
-        for role, group, start, stop in ranges:
-            nested.setdefault(role, {})[group] = [str(one.data["id"]) for one in local[start:stop]]
-        return datasets.entries(nested, schema, self.places, self.notes, file=self.file.name, inside=("datasets",))
-
-    def _brought(self, items: list[Any], local: list[datasets.Local], path: tuple[str | int, ...]) -> None:
-        """Datasets that the job file lists: paths of data or of descriptions, URLs, or descriptions inline."""
-        for index, item in enumerate(items):
-            inside = (*path, index)
-            where = self.places.where(*inside)
-            if isinstance(item, str):
-                file = self.folder / item
-                if file.suffix.lower() in SUFFIXES and file.is_file() and _describes_dataset(file):
-                    local.append(self._described(file))
-                    continue
-                url = datasets.locate(item, self.folder, where)
-                one: Any = {"name": datasets.stem(url), "url": url}
-                local.append(datasets.Local(one, repr(item), (item,), self.file.name, inside))
-            elif isinstance(item, dict):
-                one = normal.dataset(item, where, self.notes.append)
-                if isinstance(one.get("url"), str):
-                    one["url"] = datasets.locate(one["url"], self.folder, self.places.where(*inside, "url"))
-                    one.setdefault("name", datasets.stem(one["url"]))
-                label = repr(one.get("name", f"dataset {index}"))
-                shape(one, Dataset, Places({(): (self.file.name, inside)}))
-                local.append(datasets.Local(one, label, (), self.file.name, inside))
-            else:
-                raise SpecError(f"must be a path, a URL or an object, not {describe(item)}.", where)
-
-    def _described(self, file: FilePath) -> datasets.Local:
-        """A dataset file of the job's folder."""
-        name = self._name(file)
-        one = normal.dataset(read(file, name), name, self.notes.append)
-        if isinstance(one, dict) and isinstance(one.get("url"), str):
-            one["url"] = datasets.locate(one["url"], file.resolve().parent, f"{name}: url")
-        shape(one, Dataset, Places({(): (name, ())}))
-        return datasets.Local(one, name, (file.stem,), name, ())
-
-
-def _describes_dataset(file: FilePath) -> bool:
-    """Whether a JSON or YAML file describes a dataset, rather than being the data."""
-    if file.stat().st_size > _PEEK:
-        return False
-    try:
-        data = read(file)
-    except SpecError:
-        return False
-    return isinstance(data, dict) and isinstance(data.get("url"), str)
-
-
-def _number(local: list[datasets.Local]) -> None:
-    """Give each dataset without an id one: its name, with a part of its URL's hash where names are alike."""
-    names = [one.data.get("name") for one in local]
-    for one in local:
-        if one.data.get("id") is None:
-            name = str(one.data.get("name"))
-            if names.count(name) > 1:
-                name += "-" + hashlib.sha256(str(one.data.get("url")).encode()).hexdigest()[:8]
-            one.data["id"] = re.sub(r"\s+", "-", name)
-            one.words = {one.data["id"]}
