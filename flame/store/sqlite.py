@@ -13,6 +13,7 @@ of its own, and never wait for the writer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import sqlite3
@@ -50,7 +51,10 @@ class SqliteStore(Store):
         connections: list[sqlite3.Connection] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # what SQLite puts beside it takes this mode
+            # Made here for its mode, which what SQLite puts beside it takes over. A file that is there must not
+            # be touched: closing it would end the locks that another store in this process has on it.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             connections.append(_connect(path))
             migrate(connections[0], MIGRATIONS, path)
             for _ in range(_READERS):
@@ -234,13 +238,18 @@ class SqliteStore(Store):
 def _connect(path: Path) -> sqlite3.Connection:
     # No implicit transactions: they are begun and ended by _commit() alone.
     db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    try:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-    except sqlite3.Error:
-        db.close()
-        raise
-    return db
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            return db
+        except sqlite3.Error as error:
+            # Two processes that make a database WAL at the same time are refused at once, whatever the timeout.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                db.close()
+                raise
+        time.sleep(0.01)
 
 
 def _json(what: str, body: dict[str, Any]) -> str:
