@@ -205,7 +205,7 @@ def test_the_term_takes_the_forms_in_which_flame_scripts_call_it():
         {"curr_model_params": dict(module.named_parameters()), "prev_model_params": dict(other.named_parameters())},
         {"curr_model_params": module.parameters(), "prev_model_params": before},
     ):
-        assert float(regularizer.get_term(**kwargs)) == pytest.approx(expected)
+        assert regularizer.get_term(**kwargs).item() == pytest.approx(expected)
     with pytest.raises(WorkerError, match="curr_model"):
         regularizer.get_term()
     with pytest.raises(WorkerError, match="which parameter is which"):
