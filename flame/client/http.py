@@ -1,12 +1,8 @@
-"""HTTP/1.1 to one Flame server: calls that answer with JSON, and streams that stay open.
+"""HTTP to one Flame server: calls that answer with JSON, and streams that stay open.
 
-Why not an HTTP library: every worker runs a flamelet, and every command of the CLI waits for its imports. aiohttp
-costs each of them 90 ms of processor time and 12 MB of memory; this module costs next to nothing, since
-asyncio is there anyway. It speaks what the Flame server and the proxies before it speak: content lengths and chunks,
-kept connections, TLS. It follows no redirects and keeps no cookies.
-
-Nothing is repeated here but a request whose kept connection turned out to be closed before it was
-answered, and only if the method is idempotent (RFC 9110, 9.2.2). Who may repeat more, does so: see :mod:`flame.client.follow`.
+A thin layer on aiohttp that knows what is Flame's own: the JSON forms, the errors, the bearer token, and what a silence
+means. aiohttp repeats an idempotent request itself when a kept connection turned out to be closed before it was
+answered; nothing else is repeated here. Who may repeat more, does so: see :mod:`flame.client.follow`.
 """
 
 from __future__ import annotations
@@ -16,9 +12,11 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
 from typing import IO, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlsplit
 
+import aiohttp
 import msgspec
+from yarl import URL
 
 from flame import errors
 from flame.errors import ServerError, ServerUnreachable, UsageError
@@ -35,7 +33,6 @@ IDLE_TIMEOUT = 30.0
 
 _READ = 256 * 1024
 _SLOWEST_UPLOAD = 100_000  # bytes a second
-_IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 _ERRORS = {
     cls.__name__: cls
     for cls in (
@@ -51,30 +48,6 @@ _ERRORS = {
 }
 
 
-class _Lost(Exception):
-    """The connection broke. ``answered`` says whether any byte of an answer had come."""
-
-    def __init__(self, cause: BaseException, *, answered: bool) -> None:
-        super().__init__(str(cause) or type(cause).__name__)
-        self.answered = answered
-
-
-class _Connection:
-    """A connection that is kept between requests."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.used = False
-
-    @property
-    def usable(self) -> bool:
-        return not (self.reader.at_eof() or self.writer.is_closing())
-
-    def close(self) -> None:
-        self.writer.close()
-
-
 class Answer:
     """An answer whose body has still to be read. Made by :meth:`Session.open`.
 
@@ -82,20 +55,10 @@ class Answer:
     :ivar headers: the headers, names in lower case.
     """
 
-    def __init__(self, connection: _Connection, status: int, headers: dict[str, str], *, bodiless: bool) -> None:
-        self.status = status
-        self.headers = headers
-        self._connection = connection
-        self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
-        length = headers.get("content-length")
-        self._left = 0 if bodiless else int(length) if length is not None and length.isdigit() else None
-        self._whole = bodiless or self._left == 0
-        self._keep = headers.get("connection", "").lower() != "close"
-
-    @property
-    def reusable(self) -> bool:
-        """True once the body was read to its end and the server keeps the connection."""
-        return self._whole and self._keep
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self._response = response
 
     async def chunks(self, *, idle: float = IDLE_TIMEOUT) -> AsyncIterator[bytes]:
         """The body as it comes.
@@ -103,41 +66,18 @@ class Answer:
         :param idle: the longest silence, in seconds.
         :raises flame.errors.ServerUnreachable: the connection broke, or was silent for too long.
         """
+        content = self._response.content
         try:
-            while not self._whole:
+            while True:
                 async with asyncio.timeout(idle):
-                    piece = await self._piece()
-                if piece:
-                    yield piece
-        except (OSError, EOFError, TimeoutError, ValueError) as error:
+                    piece = await content.readany()
+                if not piece:
+                    return
+                yield piece
+        except (OSError, TimeoutError, aiohttp.ClientError) as error:
             raise ServerUnreachable(
                 f"The connection to the server was lost in the middle of an answer ({_why(error)})."
             ) from error
-
-    async def _piece(self) -> bytes:
-        """The next bytes of the body; empty at its end."""
-        reader = self._connection.reader
-        if self._chunked and not self._left:
-            size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
-            if size == 0:
-                while (await reader.readuntil(b"\n")).strip():
-                    pass  # trailers
-                self._whole = True
-                return b""
-            self._left = size
-        piece = await reader.read(_READ if self._left is None else min(_READ, self._left))
-        if self._left is None:  # neither length nor chunks: the body ends with the connection
-            self._whole, self._keep = not piece, False
-            return piece
-        if not piece:
-            raise EOFError("the server closed it")
-        self._left -= len(piece)
-        if not self._left:
-            if self._chunked:
-                await reader.readuntil(b"\n")
-            else:
-                self._whole = True
-        return piece
 
     async def read(self) -> bytes:
         """The whole body."""
@@ -163,21 +103,17 @@ class Session:
     def __init__(self, server: str, token: str | None = None) -> None:
         parts = urlsplit(server)
         try:
-            port = parts.port
+            parts.port  # noqa: B018 - a property that raises
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname)
         except ValueError:
-            port = None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+            valid = False
+        if not valid:
             raise UsageError(f"{server!r} is not a server's address; write it like http://127.0.0.1:10100.")
         self.server = server.rstrip("/")
-        self._tls = parts.scheme == "https"
-        self._host = parts.hostname
-        self._port = port or (443 if self._tls else 80)
-        self._prefix = parts.path.rstrip("/")
-        self._head = f"Host: {parts.netloc.rpartition('@')[2]}\r\nAccept: application/json\r\n"
+        self._headers = {"Accept": "application/json"}
         if token:
-            self._head += f"Authorization: Bearer {_safe(token)}\r\n"
-        self._idle: list[_Connection] = []
-        self._busy: set[_Connection] = set()
+            self._headers["Authorization"] = f"Bearer {_safe(token)}"
+        self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Session:
         return self
@@ -187,10 +123,9 @@ class Session:
 
     async def close(self) -> None:
         """Close all connections."""
-        for connection in (*self._idle, *self._busy):
-            connection.close()
-        self._idle.clear()
-        self._busy.clear()
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
 
     async def call(
         self,
@@ -234,108 +169,76 @@ class Session:
 
         :raises flame.errors.FlameError: as for :meth:`call`.
         """
-        kind = "application/octet-stream"
+        headers = {}
         if body is not msgspec.UNSET:
-            data, kind = msgspec.json.encode(body), "application/json"
-        given = {name: value for name, value in (query or {}).items() if value is not None}
-        target = self._prefix + quote(path, safe="/:@!$&'()*+,;=-._~") + (f"?{urlencode(given)}" if given else "")
-        head = f"{method} {target} HTTP/1.1\r\n{self._head}"
-        if data is not None or method in ("POST", "PUT"):
-            head += f"Content-Type: {kind}\r\nContent-Length: {_length(data)}\r\n"
-        connection, answer = await self._exchange(method, f"{head}\r\n".encode("latin-1"), data)
+            data, headers["Content-Type"] = msgspec.json.encode(body), "application/json"
+        elif data is not None:
+            headers["Content-Type"] = "application/octet-stream"
+        limit = ANSWER_TIMEOUT
+        if data is not None:
+            headers["Content-Length"] = str(_length(data))
+            limit += _length(data) / _SLOWEST_UPLOAD
+        response = await self._request(method, path, query, headers, data, limit)
         try:
+            answer = Answer(response)
             if answer.status >= 300:
                 raise _refusal(self.server, f"{method} {path}", answer.status, await answer.read())
             yield answer
         finally:
-            self._busy.discard(connection)
-            if answer.reusable and connection.usable:
-                connection.used = True
-                self._idle.append(connection)
-            else:
-                connection.close()
+            # Gives the connection back where the body was read to its end, and closes it where it was not.
+            response.release() if response.content.at_eof() else response.close()
 
-    async def _exchange(self, method: str, head: bytes, data: bytes | IO[bytes] | None) -> tuple[_Connection, Answer]:
-        """Send a request over a kept or a new connection and read the head of its answer."""
-        limit = ANSWER_TIMEOUT + _length(data) / _SLOWEST_UPLOAD
-        while True:
-            connection = await self._connection()
-            self._busy.add(connection)
-            try:
-                async with asyncio.timeout(limit):
-                    return connection, await _request(connection, method, head, data)
-            except TimeoutError as error:
-                self._drop(connection)
-                raise ServerUnreachable(f"The server at {self.server} did not answer within {limit:.0f} s.") from error
-            except _Lost as lost:
-                self._drop(connection)
-                if connection.used and not lost.answered and method in _IDEMPOTENT:
-                    continue
-                raise ServerUnreachable(f"The connection to the server at {self.server} was lost ({lost}).") from lost
-            except BaseException:
-                self._drop(connection)
-                raise
-
-    async def _connection(self) -> _Connection:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable:
-                return connection
-            connection.close()
-        tls = None
-        if self._tls:
-            import ssl
-
-            tls = ssl.create_default_context()
+    async def _request(  # noqa: PLR0917
+        self,
+        method: str,
+        path: str,
+        query: Query | None,
+        headers: dict[str, str],
+        data: bytes | IO[bytes] | None,
+        limit: float,
+    ) -> aiohttp.ClientResponse:
+        """Send a request and wait for the head of its answer."""
+        given = {name: str(value) for name, value in (query or {}).items() if value is not None}
+        url = URL(self.server + quote(path, safe="/:@!$&'()*+,;=-._~"), encoded=True)
+        if self._http is None:
+            # Streams stay open side by side, so connections are not limited; the timeouts are ours, see above.
+            self._http = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                return _Connection(*await asyncio.open_connection(self._host, self._port, ssl=tls, limit=_READ))
-        except (OSError, TimeoutError) as error:
+            async with asyncio.timeout(limit):
+                return await self._http.request(
+                    method,
+                    url.with_query(given) if given else url,
+                    headers=headers,
+                    data=data if data is None or (isinstance(data, bytes) and len(data) <= _READ) else _pieces(data),
+                    allow_redirects=False,
+                )
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
             raise ServerUnreachable(
                 f"No server answers at {self.server} ({_why(error)}). "
                 "Start one with `flame serve`, or name another with --server, FLAME_SERVER or `flame config set server URL`."
             ) from error
+        except TimeoutError as error:
+            raise ServerUnreachable(f"The server at {self.server} did not answer within {limit:.0f} s.") from error
+        except (OSError, aiohttp.ClientError) as error:
+            raise ServerUnreachable(
+                f"The connection to the server at {self.server} was lost ({_why(error)})."
+            ) from error
 
-    def _drop(self, connection: _Connection) -> None:
-        self._busy.discard(connection)
-        connection.close()
 
-
-async def _request(connection: _Connection, method: str, head: bytes, data: bytes | IO[bytes] | None) -> Answer:
-    """Write a request and read the head of its answer."""
-    reader, writer = connection.reader, connection.writer
-    broken: OSError | None = None
-    try:
-        if isinstance(data, bytes):
-            writer.write(head + data if len(data) < _READ else head)
-            if len(data) >= _READ:
-                writer.write(data)
-            await writer.drain()
-        else:
-            writer.write(head)
-            if data is not None:
-                data.seek(0)
-                await asyncio.get_running_loop().sendfile(writer.transport, data)
-    except OSError as error:
-        broken = error  # a server that refuses an upload may answer and close before it was read whole
-    answered = False
-    try:
-        while True:
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            answered = True
-            status = int(lines[0].split(" ", 2)[1])
-            if status >= 200:
-                break
-    except (OSError, EOFError, asyncio.LimitOverrunError, ValueError, IndexError) as error:
-        cause = broken or error
-        raise _Lost(cause if str(cause) else EOFError("it was closed"), answered=answered) from error
-    headers = {}
-    for line in lines[1:]:
-        name, _, value = line.partition(":")
-        headers[name.strip().lower()] = value.strip()
-    if broken:
-        headers["connection"] = "close"
-    return Answer(connection, status, headers, bodiless=method == "HEAD" or status in (204, 304))
+async def _pieces(data: bytes | IO[bytes]) -> AsyncIterator[bytes | memoryview]:
+    """Bytes in pieces; a file's from its beginning, read off the event loop."""
+    if isinstance(data, bytes):
+        for start in range(0, len(data), _READ):
+            yield memoryview(data)[start : start + _READ]
+        return
+    data.seek(0)
+    while piece := await asyncio.to_thread(data.read, _READ):
+        yield piece
 
 
 def _refusal(server: str, what: str, status: int, content: bytes) -> errors.FlameError:
@@ -350,10 +253,8 @@ def _refusal(server: str, what: str, status: int, content: bytes) -> errors.Flam
     return _ERRORS.get(name, ServerError)(message)
 
 
-def _length(data: bytes | IO[bytes] | None) -> int:
-    if data is None or isinstance(data, bytes):
-        return len(data or b"")
-    return os.fstat(data.fileno()).st_size
+def _length(data: bytes | IO[bytes]) -> int:
+    return len(data) if isinstance(data, bytes) else os.fstat(data.fileno()).st_size
 
 
 def _safe(token: str) -> str:
@@ -365,8 +266,10 @@ def _safe(token: str) -> str:
 
 
 def _why(error: BaseException) -> str:
-    if isinstance(error, TimeoutError) and not str(error):
+    if isinstance(error, TimeoutError):
         return "it took too long"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
