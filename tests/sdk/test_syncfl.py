@@ -69,7 +69,7 @@ def test_every_round_gives_the_mean_weighted_by_dataset_size(job, trainers, dete
     others = [job.add(NumpyTrainer, "trainer", number, policy=policy) for number in range(trainers)]
     job.run()
     assert aggregator.after == pytest.approx(closed_form(range(trainers), 5), rel=1e-6)
-    assert all([round for round, _ in trainer.seen] == [1, 2, 3, 4, 5] for trainer in others)
+    assert all([number for number, _ in trainer.seen] == [1, 2, 3, 4, 5] for trainer in others)
     # Every round begins from the aggregate of the one before.
     assert others[0].seen[4][1] == pytest.approx(4)
     said = aggregator.link_for_test
@@ -318,8 +318,8 @@ class Gate(NumpyTrainer):
         self.reached = {}
 
     def held(self, *rounds):
-        self.hold = {round: threading.Event() for round in rounds}
-        self.reached = {round: threading.Event() for round in rounds}
+        self.hold = {number: threading.Event() for number in rounds}
+        self.reached = {number: threading.Event() for number in rounds}
         return self
 
     def train(self):
@@ -345,7 +345,7 @@ def test_a_trainer_that_misses_the_deadline_is_left_behind_and_comes_back(job):
     job.add(NumpyTrainer, "trainer", 2)
     slow = job.add(Gate, "trainer", 5).held(1)
     job.run()
-    rounds = [round for round, _ in slow.seen]
+    rounds = [number for number, _ in slow.seen]
     assert rounds[0] == 1
     assert 2 not in rounds  # it still owed an update
     assert rounds[-2:] == [3, 4]
@@ -414,7 +414,7 @@ def test_a_trainer_that_leaves_is_not_waited_for_and_its_successor_takes_part(jo
     for thread in job.threads:
         thread.join(30)
     assert [type(error) for error in job.errors.values()] == [RuntimeError]
-    assert [round for round, _ in again.seen] == [3]
+    assert [number for number, _ in again.seen] == [3]
     assert aggregator.after == pytest.approx([1, 2, 2 + closed_form([1, 4], 1)[0]])
 
 
@@ -478,7 +478,7 @@ def test_a_trainer_goes_on_with_a_successor_of_its_aggregator(job):
     job.start(successor)
     for thread in job.threads:
         thread.join(30)
-    assert [round for round, _ in trainer.seen] == [1, 2, 1, 2, 3]
+    assert [number for number, _ in trainer.seen] == [1, 2, 1, 2, 3]
     assert successor.after == pytest.approx(closed_form([2], 3))
 
 
