@@ -33,6 +33,7 @@ class Catalog:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._names = asyncio.Lock()  # held while a design gets its name, which no other may have
         #: Held while something that refers to a bundle is written, and while unused bundles are removed.
         self.bundles = asyncio.Lock()
 
@@ -43,7 +44,10 @@ class Catalog:
 
         :raises flame.errors.Conflict: there is one of that name.
         """
-        return await self._add_design(Design(id=secrets.token_hex(12), name=name, description=description))
+        async with self._names:
+            if await self.designs(name, limit=1):
+                raise Conflict(f"There is a design named {name!r} already.")
+            return await self._add_design(Design(id=secrets.token_hex(12), name=name, description=description))
 
     async def designs(self, name: str | None = None, after: str | None = None, limit: int = 100) -> list[Design]:
         """The designs in order of their ids; with ``name`` only the one that is called so."""
@@ -55,14 +59,14 @@ class Catalog:
         return (await self._design(id)).record
 
     async def update_design(self, id: str, name: str, description: str) -> Design:
-        """Change a design's description.
+        """Change a design's name and description.
 
-        :raises flame.errors.Conflict: the name is another one; a design keeps its name.
+        :raises flame.errors.Conflict: another one has the name.
         """
-        saved = await self._design(id)
-        if name != saved.record.name:
-            raise Conflict(f"Design {id} is called {saved.record.name!r}; a design keeps its name. Create another one.")
-        return await self._change_design(saved, description=description)
+        async with self._names:
+            if any(other.id != id for other in await self.designs(name, limit=1)):
+                raise Conflict(f"There is a design named {name!r} already.")
+            return await self._change_design(await self._design(id), name=name, description=description)
 
     async def set_schema(self, id: str, schema: Schema | None) -> Design:
         """Give a design its schema, or take it away."""
@@ -99,18 +103,21 @@ class Catalog:
         One that earlier jobs of that name have made is brought up to date. One that somebody has registered under that
         name and that is different is left alone: the job's gets a name of its own.
         """
-        for attempt in range(100):
-            name = form.name if not attempt else f"{form.name} ({attempt + 1})"
-            found = await self._context.designs.find({"name": name}, limit=1)
-            if not found:
-                description = "Registered on the way with a job of this name."
-                design = Design(id=_inline_id(name), name=name, description=description, schema=schema, code=code)
-                return await self._add_design(design)
-            saved = found[0]
-            if (saved.record.schema, saved.record.code) == (schema, code):
-                return saved.record
-            if saved.id == _inline_id(name):
-                return await self._change_design(saved, schema=schema, code=code)
+        description = "Registered on the way with a job of this name."
+        async with self._names:
+            for attempt in range(100):
+                name = form.name if not attempt else f"{form.name} ({attempt + 1})"
+                found = await self._context.designs.find({"name": name}, limit=1)
+                if not found:
+                    design = Design(
+                        id=secrets.token_hex(12), name=name, description=description, schema=schema, code=code
+                    )
+                    return await self._add_design(design)
+                saved = found[0]
+                if (saved.record.schema, saved.record.code) == (schema, code):
+                    return saved.record
+                if saved.record.description == description:
+                    return await self._change_design(saved, schema=schema, code=code)
         raise Conflict(f"There are a hundred designs named {form.name!r} already; give the job another name.")
 
     async def _design(self, id: str) -> Saved[Design]:
@@ -121,10 +128,7 @@ class Catalog:
 
     async def _add_design(self, design: Design) -> Design:
         design.created_at = design.updated_at = time.time()
-        try:
-            await self._context.designs.insert(design.id, design, keys=[f"name:{design.name}"])
-        except Conflict:
-            raise Conflict(f"There is a design named {design.name!r} already.") from None
+        await self._context.designs.insert(design.id, design)
         return design
 
     async def _change_design(self, saved: Saved[Design], **fields: object) -> Design:
@@ -269,11 +273,6 @@ def named_datasets(form: JobForm) -> set[str]:
 
 def _content(dataset: Dataset) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(dataset, id=None), order="deterministic")
-
-
-def _inline_id(name: str) -> str:
-    """The id of a design that was registered on the way: made of its name, so that it can be told from others."""
-    return hashlib.sha256(f"design of jobs named {name}".encode()).hexdigest()[:24]
 
 
 def _jobs(jobs: list[Job]) -> str:

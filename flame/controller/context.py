@@ -29,6 +29,11 @@ class StoredTask(Task, kw_only=True):
     replaced: int = 0
 
 
+def public(task: StoredTask) -> Task:
+    """A task as it is shown."""
+    return Task(**{name: getattr(task, name) for name in Task.__struct_fields__})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What an operator chooses.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from flame.controller import lifecycle as life
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
-from flame.controller.context import Context, Options, log
+from flame.controller.context import Context, Options, public
 from flame.controller.keys import Keys
 from flame.controller.placement import Waiting, admit, priority
 from flame.controller.recovery import recover
@@ -102,9 +103,9 @@ class Controller:
         return saved.record
 
     async def jobs(self, state: JobState | None = None, after: str | None = None, limit: int = 100) -> list[Job]:
-        """The jobs, newest first, without their rounds."""
+        """The jobs, oldest first, without their rounds."""
         where = {"state": state.value} if state is not None else None
-        found = await self.context.jobs.find(where, after=after, limit=limit, descending=True)
+        found = await self.context.jobs.find(where, after=after, limit=limit)
         return [saved.record for saved in found]
 
     async def job(self, id: str) -> Job:
@@ -174,24 +175,39 @@ class Controller:
         """A job's tasks, in the order of expansion."""
         supervisor = self._active.get(job)
         if supervisor is not None:
-            return list(supervisor.tasks)
+            return [public(task) for task in supervisor.tasks]
         await self._saved(job)
-        return sorted((saved.record for saved in await self.context.tasks.all({"jobId": job})), key=lambda t: t.index)
+        found = sorted(await self.context.tasks.all({"jobId": job}), key=lambda saved: saved.record.index)
+        return [public(saved.record) for saved in found]
 
     async def events(self, job: str, after: int = 0, *, follow: bool = False) -> AsyncGenerator[Sequence[Event], None]:
-        """What happens in a job: what there is, and when following what comes, to its end."""
-        stream, notifier = job_stream(job), self.context.notifier
+        """What happens in a job: what there is, and when following what comes, to its end.
+
+        :raises flame.errors.NotFound: there is no such job.
+        """
         saved = await self._saved(job)
-        if follow and not (saved.record.state.ended and job not in self._active):
-            async for events in notifier.batches(stream, after, ends):
-                yield events
-            return
+        supervisor = self._active.get(job)
+        over = saved.record.state.ended and (supervisor is None or supervisor.over.is_set())
+        if follow and not over:
+            return self.context.notifier.batches(job_stream(job), after, ends)
+        return self._past(saved.record, after)
+
+    async def _past(self, job: Job, after: int) -> AsyncGenerator[Sequence[Event], None]:
+        """What has happened in a job so far."""
+        stream = job_stream(job.id)
         last: Event | None = None
         while events := await self.context.store.read(stream, after=after):
             after, last = events[-1].seq, events[-1]
             yield events
-        if follow and last is not None and not ends(last):  # the server was killed before it could tell the end
-            yield await notifier.publish_many(stream, [job_news(saved.record)])
+        if (
+            job.state.ended and last is not None and not ends(last)
+        ):  # the server was killed before it could tell the end
+            yield await self.context.notifier.publish_many(stream, [job_news(job)])
+
+    @property
+    def used(self) -> int:
+        """How many workers there are, or have been promised room."""
+        return sum(supervisor.room for supervisor in self._active.values())
 
     def active(self) -> list[Job]:
         """The jobs that are under way."""
@@ -203,7 +219,7 @@ class Controller:
             try:
                 await supervisor.handle(life.Stop())
             except Conflict:
-                log.debug("job %s ended by itself", supervisor.id)
+                continue
         await self._quiet.wait()
         await self.context.background.drain()
 
@@ -213,11 +229,35 @@ class Controller:
         """A task."""
         supervisor = self._of_task.get(id)
         if supervisor is not None:
-            return supervisor.task(id)
+            return public(supervisor.task(id))
         saved = await self.context.tasks.get(id)
         if saved is None:
             raise NotFound(f"There is no task {id!r}.")
-        return saved.record
+        return public(saved.record)
+
+    async def log(
+        self, id: str, attempt: int | None, offset: int, *, follow: bool
+    ) -> tuple[int, AsyncGenerator[bytes, None]]:
+        """A task's log from a byte on.
+
+        :param attempt: which start of the task; None: the newest, and when following, the first if there is none yet.
+        :returns: the attempt, and its log; when following until its worker is gone. An empty piece means no news yet.
+        :raises flame.errors.NotFound: the task was not started that often, or the offset is behind the end.
+        """
+        task = await self.task(id)
+        if follow and task.attempt == 0 and attempt is None and not task.state.ended:
+            async with aclosing(await self.events(task.job_id, follow=True)) as events:
+                async for _ in events:
+                    task = await self.task(id)
+                    if task.attempt:
+                        break
+        attempt = max(task.attempt, 1) if attempt is None else attempt
+        if not 1 <= attempt <= max(task.attempt, 1):
+            raise NotFound(f"Task {id} has no attempt {attempt}; the newest is {task.attempt}.")
+        size = self.context.logs.size(task.job_id, id, attempt)
+        if offset > size:
+            raise NotFound(f"The log of task {id} has {size} bytes; there is nothing at {offset}.")
+        return attempt, self.context.logs.read(task.job_id, id, attempt, offset=offset, follow=follow)
 
     async def end_task(self, id: str) -> Task:
         """End a task's worker; its job sees it fail.
@@ -229,7 +269,7 @@ class Controller:
             task = await self.task(id)
             raise Conflict(f"Task {id} has no worker to end: it is {task.state.value}.")
         await supervisor.handle(life.Kill(id))
-        return supervisor.task(id)
+        return public(supervisor.task(id))
 
     # ----------------------------------------------------------------------------------------------- workers
 
@@ -255,8 +295,7 @@ class Controller:
     ) -> AsyncGenerator[Sequence[Event], None]:
         """The events of a task for its flamelet. Following them is being there."""
         await supervisor.connected(task, attempt)
-        async for events in self.context.notifier.batches(task_stream(task, attempt), after):
-            yield events
+        return self.context.notifier.batches(task_stream(task, attempt), after)
 
     def manifest(self, supervisor: Supervisor, task: str, attempt: int) -> Manifest:
         """What a flamelet needs to run a task: the configuration with the server's own choices filled in."""
@@ -336,8 +375,7 @@ class Controller:
         if not waiting:
             return
         queue = [_place(supervisor) for supervisor in waiting.values()]
-        used = sum(supervisor.room for supervisor in self._active.values())
-        decision = admit(queue, used, self.slots)
+        decision = admit(queue, self.used, self.slots)
         for job in decision.admitted:
             waiting[job].admitted = True
             self.context.background.spawn(waiting[job].handle_surely(life.Admit()))

@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from flame.errors import NotFound, StoreError
+from flame.errors import StoreError
 
 _CHUNK = 256 * 1024
 _INLINE = 64 * 1024
@@ -90,15 +90,9 @@ class Logs:
 
     async def read(
         self, job: str, task: str, attempt: int, *, offset: int = 0, follow: bool = False
-    ) -> AsyncIterator[bytes]:
-        """The log from a byte on; when following, until :meth:`close`. An empty piece says that there is no news yet.
-
-        :raises flame.errors.NotFound: the offset is behind the end.
-        """
+    ) -> AsyncGenerator[bytes, None]:
+        """The log from a byte on; when following, until :meth:`close`. An empty piece says that there is no news yet."""
         path = self.path(job, task, attempt)
-        size = self.size(job, task, attempt)
-        if offset > size:
-            raise NotFound(f"The log of task {task} has {size} bytes; there is nothing at {offset}.")
         while True:
             log = self._open.get(path)
             changed = log.changed if log is not None else None
@@ -121,6 +115,12 @@ class Logs:
         except FileNotFoundError:
             return []
         return [line[:2000] for line in text.splitlines()[-lines:]]
+
+    def release(self) -> None:
+        """The server ends: nobody can follow any more."""
+        for log in self._open.values():
+            log.wake()
+        self._open.clear()
 
     async def remove(self, job: str) -> None:
         """Remove all logs of a job."""

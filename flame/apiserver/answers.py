@@ -1,0 +1,107 @@
+"""How answers and streams are written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from flame.errors import FlameError
+from flame.spec.records import Event, Record
+
+T = TypeVar("T")
+
+#: Every so many seconds a stream says that it lives.
+KEEP_ALIVE = 10.0
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ErrorBody(Record, kw_only=True):
+    """What went wrong: the class in ``flame.errors``, and one or two sentences."""
+
+    type: str
+    message: str
+
+
+class ErrorAnswer(Record, kw_only=True):
+    """The body of every answer that is no success."""
+
+    error: ErrorBody
+
+
+def answer(value: Any, status: int = 200) -> web.Response:
+    """A value as JSON; None as an empty answer."""
+    if value is None:
+        return web.Response(status=204)
+    return web.Response(body=_encode(value), status=status, content_type="application/json")
+
+
+def refusal(error: FlameError, status: int | None = None) -> web.Response:
+    """An error as an answer."""
+    body = ErrorAnswer(error=ErrorBody(type=type(error).__name__, message=error.message))
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return web.Response(
+        body=_encode(body), status=status or error.status, content_type="application/json", headers=headers
+    )
+
+
+async def events(request: web.Request, batches: AsyncGenerator[Sequence[Event], None]) -> web.StreamResponse:
+    """Events as lines of JSON; an empty line every so often says that the connection lives."""
+
+    def lines(batch: Sequence[Event]) -> bytes:
+        return b"".join(_encode(event) + b"\n" for event in batch)
+
+    return await _stream(request, batches, lines, alive=b"\n", headers={"Content-Type": "application/x-ndjson"})
+
+
+async def text(
+    request: web.Request, pieces: AsyncGenerator[bytes, None], headers: dict[str, str]
+) -> web.StreamResponse:
+    """Text as it comes."""
+    headers = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff", **headers}
+    return await _stream(request, pieces, bytes, alive=b"", headers=headers)
+
+
+async def _stream(
+    request: web.Request,
+    source: AsyncGenerator[T, None],
+    write: Callable[[T], bytes],
+    *,
+    alive: bytes,
+    headers: dict[str, str],
+) -> web.StreamResponse:
+    """Write what comes, until the source ends or the caller goes."""
+    response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+    async with aclosing(source):
+        await response.prepare(request)
+        # The source is never interrupted, which would end it: a task waits for its next piece, and this for the task.
+        following = asyncio.ensure_future(_next(source))
+        try:
+            while True:
+                done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE)
+                if not done:
+                    if alive:
+                        await response.write(alive)
+                    continue
+                piece = following.result()
+                if piece is None:
+                    break
+                following = asyncio.ensure_future(_next(source))
+                if data := write(piece):
+                    await response.write(data)
+            await response.write_eof()
+        except ConnectionError:
+            pass  # the caller has gone
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
+    return response
+
+
+async def _next(source: AsyncGenerator[T, None]) -> T | None:
+    return await anext(source, None)

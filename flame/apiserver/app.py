@@ -1,0 +1,185 @@
+"""The application: the table of routes, and the one way that every request takes through it.
+
+In order: who asks, the parameters, the body, the handler, the answer; and whatever is raised on the way becomes an
+answer with the status of its class. What nobody has foreseen is logged with an id, and the caller gets the id alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import cached_property
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from flame.apiserver import answers, bundles, datasets, designs, jobs, server, tasks, workers
+from flame.apiserver.access import Guard
+from flame.apiserver.routes import Call, Route
+from flame.apiserver.server import Attachments
+from flame.controller.controller import Controller
+from flame.errors import FlameError, NotFound, ServerError, UsageError
+from flame.spec.shape import shape
+
+log = logging.getLogger("flame.apiserver")
+
+#: The largest JSON body, in bytes.
+MAX_JSON = 16 << 20
+
+ROUTES: tuple[Route, ...] = (
+    *server.ROUTES,
+    *bundles.ROUTES,
+    *designs.ROUTES,
+    *datasets.ROUTES,
+    *jobs.ROUTES,
+    *tasks.ROUTES,
+    *workers.ROUTES,
+)
+
+Endpoint = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Api:
+    """What handlers work with.
+
+    :param controller: the jobs.
+    :param guard: who may call.
+    :param id: the server's id.
+    """
+
+    def __init__(self, controller: Controller, guard: Guard, id: str) -> None:
+        self.controller = controller
+        self.guard = guard
+        self.id = id
+        self.attachments = Attachments()
+        self.requests: Counter[int] = Counter()
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """The OpenAPI document; made when somebody asks for it."""
+        from flame.apiserver.openapi import describe
+
+        return describe(ROUTES)
+
+    def application(self) -> web.Application:
+        """The application for aiohttp's runner."""
+        app = web.Application(client_max_size=MAX_JSON, middlewares=[self._unrouted])
+        for route in ROUTES:
+            app.router.add_route(route.method, route.path, self._endpoint(route))
+        return app
+
+    def _endpoint(self, route: Route) -> Endpoint:
+        read = _reader(route)
+        ask = _asker(route)
+
+        async def serve(request: web.Request) -> web.StreamResponse:
+            self.guard.check(request, route.access)
+            query = ask(request)
+            body = await read(request) if read is not None else None
+            result = await route.handler(Call(self, request, body, query))
+            if isinstance(result, web.StreamResponse):
+                return result
+            return answers.answer(result, route.status)
+
+        async def endpoint(request: web.Request) -> web.StreamResponse:
+            try:
+                if route.stream:
+                    response = await serve(request)
+                else:  # begun is done, even if the caller hangs up in the middle
+                    response = await asyncio.shield(_observed(serve(request)))
+            except FlameError as error:
+                response = self._refuse(request, error)
+            except ConnectionError as error:
+                response = answers.refusal(UsageError(f"The request broke off: {error}."))
+            except web.HTTPException:
+                raise
+            except Exception:
+                number = secrets.token_hex(4)
+                log.exception("request %s %s failed; its number is %s", request.method, request.path, number)
+                fault = ServerError(f"The server made a mistake. Its log says more about fault {number}.")
+                response = answers.refusal(fault, 500)
+            self.requests[response.status] += 1
+            return response
+
+        return endpoint
+
+    def _refuse(self, request: web.Request, error: FlameError) -> web.StreamResponse:
+        if error.status >= 500:
+            log.error("request %s %s failed: %s", request.method, request.path, error)
+        else:
+            log.debug("request %s %s refused: %s", request.method, request.path, error)
+        return answers.refusal(error)
+
+    @web.middleware
+    async def _unrouted(self, request: web.Request, handler: Endpoint) -> web.StreamResponse:
+        """What aiohttp itself refuses is answered in the same form."""
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            self.requests[error.status] += 1
+            refused: FlameError
+            if error.status == 404:
+                refused = NotFound(f"There is nothing at {request.path}; /docs shows what there is.")
+            elif error.status == 405:
+                refused = UsageError(f"{request.path} takes no {request.method}; /docs shows what it takes.")
+            elif error.status == 413:
+                refused = UsageError(f"The body is larger than the {MAX_JSON} bytes that are allowed.")
+            else:
+                refused = UsageError(f"The request is refused: {error.reason}.")
+            response = answers.refusal(refused, error.status)
+            if allow := error.headers.get("Allow"):
+                response.headers["Allow"] = allow
+            return response
+
+
+def _reader(route: Route) -> Callable[[web.Request], Awaitable[Any]] | None:
+    """What reads the body of a route's requests; None where there is none, or the handler does it."""
+    if route.body is None or route.body is bytes:
+        return None
+    decoder = msgspec.json.Decoder(route.body)
+
+    async def read(request: web.Request) -> Any:
+        if request.content_type != "application/json":
+            raise UsageError(f"The body must be JSON (Content-Type: application/json), not {request.content_type}.")
+        data = await request.read()
+        try:
+            return decoder.decode(data)
+        except msgspec.ValidationError:
+            return shape(msgspec.json.decode(data), route.body)  # says in plain words what does not fit
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UsageError(f"The body is no JSON: {error}.") from error
+
+    return read
+
+
+def _asker(route: Route) -> Callable[[web.Request], Any]:
+    """What reads the parameters of a route's requests."""
+
+    def ask(request: web.Request) -> Any:
+        given = request.query
+        if len(set(given)) != len(given):
+            raise UsageError("A parameter stands twice in the address; give it once.")
+        try:
+            return msgspec.convert(dict(given), route.query, strict=False)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"The parameters of {route.method} {route.path} are wrong: {error}.") from error
+
+    return ask
+
+
+def _observed(work: Awaitable[web.StreamResponse]) -> asyncio.Future[web.StreamResponse]:
+    """Work whose failure is seen even when nobody waits for it any more."""
+    future = asyncio.ensure_future(work)
+    future.add_done_callback(_look)
+    return future
+
+
+def _look(future: asyncio.Future[web.StreamResponse]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None and not isinstance(error, FlameError):
+        log.debug("a request whose caller has gone failed: %r", error)

@@ -1,0 +1,61 @@
+"""Code bundles: zip files by their digest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from flame.apiserver.routes import Call, NoQuery, Route
+from flame.errors import SpecError, UsageError
+from flame.spec.bundle import MAX_PACKED
+
+
+async def put(call: Call[Any, NoQuery]) -> None:
+    """Keep an uploaded bundle."""
+    digest = call.path("sha256")
+    data = bytearray()
+    async for piece in call.request.content.iter_any():
+        data += piece
+        if len(data) > MAX_PACKED:
+            raise SpecError(f"the bundle is larger than the {MAX_PACKED >> 20} MiB that are allowed.")
+    if not data:
+        raise UsageError("The request has no body; send the zip file's bytes.")
+    await call.api.controller.catalog.put_bundle(digest, bytes(data))
+
+
+async def get(call: Call[None, NoQuery]) -> web.Response:
+    """Give a bundle's bytes."""
+    data = await call.api.controller.catalog.bundle(call.path("sha256"))
+    return web.Response(body=data, content_type="application/zip")
+
+
+ROUTES = [
+    Route(
+        method="PUT",
+        path="/v1/bundles/{sha256}",
+        handler=put,
+        summary="Upload the code of a design's roles: a zip with one folder a role. Its digest is checked.",
+        body=bytes,
+        status=204,
+        refusals=(422,),
+    ),
+    Route(
+        method="HEAD",
+        path="/v1/bundles/{sha256}",
+        handler=get,
+        summary="Ask whether a bundle is there.",
+        content="application/zip",
+        answer=bytes,
+        refusals=(404,),
+    ),
+    Route(
+        method="GET",
+        path="/v1/bundles/{sha256}",
+        handler=get,
+        summary="Download a bundle.",
+        content="application/zip",
+        answer=bytes,
+        refusals=(404,),
+    ),
+]

@@ -1,0 +1,201 @@
+"""What a flamelet calls, for its own task and attempt alone. Every call renews the lease of its worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+
+from flame.apiserver import answers
+from flame.apiserver.access import bearer
+from flame.apiserver.routes import Access, Call, Query, Route
+from flame.controller.supervisor import Supervisor
+from flame.errors import SpecError
+from flame.spec.records import Event, Manifest, Record, Report
+
+#: The largest piece of a log in one call, in bytes.
+MAX_PIECE = 8 << 20
+
+
+class AttemptQuery(Query, frozen=True, kw_only=True):
+    """Which attempt of the task speaks."""
+
+    attempt: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class OrdersQuery(AttemptQuery, frozen=True, kw_only=True):
+    """Events behind the number ``after``."""
+
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class AppendQuery(AttemptQuery, frozen=True, kw_only=True):
+    """Where in the log the bytes belong."""
+
+    offset: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Acked(Record, kw_only=True):
+    """The number of the last report that was taken in."""
+
+    acked: int
+
+
+class Size(Record, kw_only=True):
+    """The size of the log in bytes."""
+
+    size: int
+
+
+class Kept(Record, kw_only=True):
+    """Where an artifact is kept."""
+
+    path: str
+
+
+class Lease(Record, kw_only=True):
+    """For how many seconds the worker counts as alive without another word."""
+
+    seconds: float
+
+
+def _enter(call: Call[Any, AttemptQuery]) -> tuple[Supervisor, str, int]:
+    """Check the key of the task, or refuse."""
+    task, attempt = call.path("id"), call.query.attempt
+    return call.api.controller.enter(task, attempt, bearer(call.request)), task, attempt
+
+
+async def orders(call: Call[None, OrdersQuery]) -> web.StreamResponse:
+    """Stream a task's events to its flamelet."""
+    supervisor, task, attempt = _enter(call)
+    batches = await call.api.controller.orders(supervisor, task, attempt, call.query.after)
+    return await answers.events(call.request, batches)
+
+
+async def manifest(call: Call[None, AttemptQuery]) -> Manifest:
+    """Give a task's manifest."""
+    return call.api.controller.manifest(*_enter(call))
+
+
+async def code(call: Call[None, AttemptQuery]) -> web.Response:
+    """Give the job's code."""
+    supervisor, _, _ = _enter(call)
+    digest = supervisor.job.code
+    assert digest is not None
+    data = await call.api.controller.catalog.bundle(digest)
+    return web.Response(body=data, content_type="application/zip")
+
+
+async def reports(call: Call[list[Report], AttemptQuery]) -> Acked:
+    """Take in what a flamelet reports."""
+    supervisor, task, attempt = _enter(call)
+    return Acked(acked=await supervisor.report(task, attempt, call.body))
+
+
+async def log(call: Call[Any, AppendQuery]) -> Size:
+    """Take in a piece of a task's log."""
+    supervisor, task, attempt = _enter(call)
+    data = bytearray()
+    async for piece in call.request.content.iter_any():
+        data += piece
+        if len(data) > MAX_PIECE:
+            raise SpecError(f"a piece of a log may have {MAX_PIECE} bytes at most; send it in parts.")
+    logs = call.api.controller.context.logs
+    return Size(size=await logs.append(supervisor.id, task, attempt, call.query.offset, bytes(data)))
+
+
+async def artifact(call: Call[Any, AttemptQuery]) -> Kept:
+    """Take in an artifact; the worker lives while it sends."""
+    supervisor, task, attempt = _enter(call)
+    controller = call.api.controller
+
+    async def pieces() -> AsyncIterator[bytes]:
+        async for piece in call.request.content.iter_any():
+            controller.context.leases.renew((supervisor.id, task, attempt))
+            yield piece
+
+    path = await controller.context.artifacts.put(supervisor.id, call.path("name"), pieces())
+    return Kept(path=str(path))
+
+
+async def lease(call: Call[None, AttemptQuery]) -> Lease:
+    """Renew the lease, which every call does."""
+    _enter(call)
+    return Lease(seconds=call.api.controller.context.options.lease)
+
+
+_ONE = "/v1/tasks/{id}"
+
+ROUTES = [
+    Route(
+        method="GET",
+        path=f"{_ONE}/events",
+        handler=orders,
+        summary="Follow what the server tells a task's worker: start, stop, peers.",
+        access=Access.WORKER,
+        query=OrdersQuery,
+        answer=Event,
+        content="application/x-ndjson",
+        stream=True,
+    ),
+    Route(
+        method="GET",
+        path=f"{_ONE}/manifest",
+        handler=manifest,
+        summary="Read what a worker needs to run its task.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        answer=Manifest,
+    ),
+    Route(
+        method="GET",
+        path=f"{_ONE}/code",
+        handler=code,
+        summary="Download the code of the task's job.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        answer=bytes,
+        content="application/zip",
+    ),
+    Route(
+        method="POST",
+        path=f"{_ONE}/reports",
+        handler=reports,
+        summary="Report on a task; reports that were heard before are passed over.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        body=list[Report],
+        answer=Acked,
+    ),
+    Route(
+        method="POST",
+        path=f"{_ONE}/log",
+        handler=log,
+        summary="Append to a task's log; a wrong offset writes nothing and answers the true size.",
+        access=Access.WORKER,
+        query=AppendQuery,
+        body=bytes,
+        answer=Size,
+    ),
+    Route(
+        method="PUT",
+        path=f"{_ONE}/artifacts/{{name}}",
+        handler=artifact,
+        summary="Hand in an artifact, such as the model.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        body=bytes,
+        answer=Kept,
+    ),
+    Route(
+        method="POST",
+        path=f"{_ONE}/lease",
+        handler=lease,
+        summary="Renew the worker's lease.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        answer=Lease,
+    ),
+]

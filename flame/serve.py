@@ -1,0 +1,354 @@
+"""One server process, put together: store, notifier, runner, controller, HTTP.
+
+The data directory is locked for as long as the process lives, so there is one server to a directory. What is in it outlives
+the process, and so do the workers: a server that ends, however it does, is followed by one that takes up where it
+was. Only a private server, which somebody has started for the moment, takes its jobs with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib.util
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from flame.errors import Conflict, StoreError, UsageError
+
+log = logging.getLogger("flame.serve")
+
+#: Seconds that a private server waits for the first one to attach.
+PRIVATE_PATIENCE = 30.0
+#: Seconds that open requests get to end when the server does.
+CLOSING = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What an operator chooses.
+
+    :ivar host: the address to listen on.
+    :ivar port: the port to listen on; 0 takes any that is free.
+    :ivar data_dir: the data directory.
+    :ivar db: where the state is; None: ``flame.db`` in the data directory.
+    :ivar token: what users must show.
+    :ivar slots: how many workers may be there at once; None: eight a core.
+    :ivar lease: seconds of silence after which a worker counts as lost.
+    :ivar private: live while somebody is attached, and take all jobs along.
+    :ivar advertise: the URL at which workers and users reach the server, where it is not the one it listens on.
+    :ivar mqtt: ``host:port`` of the broker for jobs that use mqtt and name none.
+    :ivar allow_anyone: listen beyond this machine without a token.
+    :ivar verbose: log what only developers want to read.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 10100
+    data_dir: Path = field(default_factory=lambda: Path("~/.flame/data").expanduser())
+    db: str | None = None
+    token: str | None = None
+    slots: int | None = None
+    lease: float = 20.0
+    private: bool = False
+    advertise: str | None = None
+    mqtt: str | None = None
+    allow_anyone: bool = False
+    verbose: bool = False
+
+
+def run_server(settings: ServeSettings) -> int:
+    """Serve until a signal, or until nobody needs a private server any more.
+
+    :returns: the exit status.
+    :raises flame.errors.FlameError: the server cannot start: the directory is taken, the port is taken, the database fails.
+    """
+    _log_to_stderr(verbose=settings.verbose)
+    _refuse_openness(settings)
+    data_dir = settings.data_dir.expanduser().absolute()
+    with _locked(data_dir):
+        return asyncio.run(_serve(settings, data_dir))
+
+
+async def _serve(settings: ServeSettings, data_dir: Path) -> int:
+    stopping = asyncio.Event()
+    _on_signals(stopping)
+    async with serve(settings, data_dir) as server:
+        if settings.private:
+            _say(json.dumps({"url": server.url, "pid": os.getpid()}))
+            await _first(stopping.wait(), _unneeded(server, stopping))
+            jobs = len(server.controller.active())
+            if jobs:
+                log.info("private server ends: stopping %d jobs", jobs)
+            await server.controller.stop_all()
+        else:
+            await stopping.wait()
+            left = server.controller.used
+            log.info("the server ends%s", f"; {left} workers go on, and the next server finds them" if left else "")
+    return 0
+
+
+class Server:
+    """A server that listens.
+
+    :ivar url: its address.
+    :ivar controller: its jobs.
+    :ivar attachments: who is attached.
+    """
+
+    def __init__(self, url: str, controller: Any, attachments: Any) -> None:
+        self.url = url
+        self.controller = controller
+        self.attachments = attachments
+
+
+@contextlib.asynccontextmanager
+async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server]:
+    """A server within this event loop, for as long as the context lasts. The data directory must be locked already.
+
+    :param settings: the operator's choices.
+    :param data_dir: the data directory.
+    :raises flame.errors.FlameError: it cannot start.
+    """
+    from aiohttp import web
+
+    from flame.apiserver.access import Guard
+    from flame.apiserver.app import Api
+    from flame.controller.context import Options
+    from flame.controller.controller import Controller
+    from flame.controller.keys import Keys
+    from flame.notifier import Notifier
+    from flame.runners import make_runner
+    from flame.spec.nouns import Broker
+    from flame.store import DEFAULT_URL, open_store
+
+    identity = _identity(data_dir)
+    keys = Keys.load(data_dir / "secret")
+    store = open_store(settings.db or DEFAULT_URL, data_dir)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        notifier = Notifier(store)
+        # The port is taken before workers are adopted, so that they find it when the first of them comes back.
+        listener = _listen(settings)
+        stack.callback(listener.close)
+        port = listener.getsockname()[1]
+        url = (settings.advertise or _url(settings.host, port)).rstrip("/")
+        options = Options(
+            data_dir=data_dir,
+            server=settings.advertise or _url(_reachable(settings.host), port),
+            slots=settings.slots,
+            lease=settings.lease,
+            registry=_registry(data_dir),
+            brokers=(Broker(sort="mqtt", host=settings.mqtt),) if settings.mqtt else (),
+        )
+        runner = make_runner("local", {}, instance=identity, data_dir=data_dir)
+        controller = Controller(store, notifier, {"local": runner}, keys, options)
+        stack.push_async_callback(controller.close)
+        await controller.open()
+        names = frozenset(name for name in (urlsplit(url).hostname, settings.host) if name)
+        api = Api(controller, Guard(settings.token, names), identity)
+        web_runner = web.AppRunner(
+            api.application(),
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=CLOSING,
+            keepalive_timeout=75,
+        )
+        await web_runner.setup()
+        stack.push_async_callback(web_runner.cleanup)
+        await web.SockSite(web_runner, listener).start()
+
+        def release() -> None:
+            """Streams come to their end, so that nobody waits for them."""
+            notifier.close()
+            controller.context.logs.release()
+            api.attachments.close()
+
+        stack.callback(release)
+        _write_atomically(data_dir / "server.json", json.dumps({"url": url, "pid": os.getpid()}))
+        stack.callback((data_dir / "server.json").unlink, missing_ok=True)
+        log.info("listening on %s (data in %s)", url, data_dir)
+        yield Server(url, controller, api.attachments)
+
+
+# ------------------------------------------------------------------------------------------- small pieces
+
+
+def _refuse_openness(settings: ServeSettings) -> None:
+    """Whoever reaches a server without a token can run code on it."""
+    if settings.token or settings.allow_anyone or _is_loopback(settings.host):
+        return
+    raise UsageError(
+        f"Anyone who reaches {settings.host} could run code here: give the server a token (--token or FLAME_TOKEN), "
+        "or say --allow-anyone."
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reachable(host: str) -> str:
+    """Where a worker on this machine reaches a server that listens on ``host``."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "::1"
+    return host
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _listen(settings: ServeSettings) -> Any:
+    import socket
+
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+            listener.setblocking(False)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"The server cannot listen on {settings.host}:{settings.port}: {reason}. Choose another --host or --port."
+        ) from error
+    return listener
+
+
+def _registry(data_dir: Path) -> Any:
+    """Where metrics and models go when a job does not say: MLflow where it is installed, else files."""
+    from flame.spec.nouns import Registry
+
+    if importlib.util.find_spec("mlflow") is not None:
+        return Registry(sort="mlflow", uri=f"sqlite:///{data_dir / 'mlflow.db'}")
+    return Registry(sort="local", uri=str(data_dir / "registry"))
+
+
+def _identity(data_dir: Path) -> str:
+    """The server's id: made once, kept in the data directory."""
+    path = data_dir / "id"
+    try:
+        if not path.exists():
+            _write_atomically(path, secrets.token_hex(8))
+        return path.read_text().strip()
+    except OSError as error:
+        raise StoreError(f"The data directory {data_dir} cannot be written: {error.strerror}.") from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _locked(data_dir: Path) -> Any:
+    """Hold the data directory.
+
+    :raises flame.errors.Conflict: another server holds it.
+    """
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock: IO[str] = (data_dir / "lock").open("a")
+    except OSError as error:
+        raise StoreError(f"The data directory {data_dir} cannot be used: {error.strerror}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                f"Another server uses {data_dir}{_who(data_dir)}. Use that one, or another --data-dir."
+            ) from None
+        yield
+
+
+def _who(data_dir: Path) -> str:
+    try:
+        there = json.loads((data_dir / "server.json").read_text())
+        return f": process {there['pid']} at {there['url']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def _on_signals(stopping: asyncio.Event) -> None:
+    """The first signal ends the server in order, the second at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        if stopping.is_set():
+            log.warning("%s again: the server ends at once", number.name)
+            os._exit(128 + number)
+        log.info("%s: the server ends", number.name)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+
+
+async def _unneeded(server: Server, stopping: asyncio.Event) -> None:
+    """Wait until a private server is of no use any more."""
+    try:
+        async with asyncio.timeout(PRIVATE_PATIENCE):
+            await server.attachments.first.wait()
+    except TimeoutError:
+        log.info("nobody has attached within %g s", PRIVATE_PATIENCE)
+        return
+    await server.attachments.none.wait()
+
+
+async def _first(*works: Any) -> None:
+    """Wait for the first of several."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _say(line: str) -> None:
+    """The one line that a private server prints. Who has started it may have gone."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+class _Lines(logging.Formatter):
+    """One line an entry: time, level, part, what."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
+def _log_to_stderr(*, verbose: bool) -> None:
+    root = logging.getLogger("flame")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("aiohttp").addHandler(handler)
