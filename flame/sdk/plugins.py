@@ -51,7 +51,7 @@ class Plugins(Generic[T]):
         """
         if name in self._registered:
             return self._registered[name]
-        place = self.builtin.get(name)
+        place = self.builtin.get(name) or self._folded.get(fold(name))
         if place is not None:
             module, _, attribute = place.partition(":")
             factory: Callable[..., T] = getattr(import_module(module), attribute)
@@ -61,6 +61,11 @@ class Plugins(Generic[T]):
             found: Callable[..., T] = point.load()
             return found
         raise SpecError(f"There is no {self.kind} {name!r}. {suggest(name, self.names())}")
+
+    @property
+    def _folded(self) -> dict[str, str]:
+        """The built-in ones, under names whose case and dashes do not matter, as :mod:`flame.spec.known` reads them."""
+        return {fold(name): place for name, place in self.builtin.items()}
 
     def make(self, name: str, kwargs: Mapping[str, Any] | None = None) -> T:
         """Construct the part of that name.
@@ -91,12 +96,17 @@ class Plugins(Generic[T]):
         return {point.name: point for point in entry_points(group=self.group)}
 
 
+def fold(name: str) -> str:
+    """A name without what may be spelt in several ways: case, dashes, underscores, blanks."""
+    return name.casefold().translate({ord(each): None for each in "-_ "})
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """A sentence that helps with a mistyped word: the nearest known one, or all of them."""
     names = sorted(known)
     if not names:
         return "It takes none."
-    near = difflib.get_close_matches(word.lower(), names, n=1)
+    near = difflib.get_close_matches(word.lower(), names, n=1) or [name for name in names if word.lower() in name]
     return f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(names)}."
 
 
