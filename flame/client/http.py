@@ -247,6 +247,8 @@ def _refusal(server: str, what: str, status: int, content: bytes) -> errors.Flam
         form = msgspec.json.decode(content)["error"]
         name, message = str(form["type"]), str(form["message"])
     except (msgspec.MsgspecError, KeyError, TypeError):
+        if status == 404 and what.startswith("HEAD "):  # such an answer has no body
+            return errors.NotFound(f"{server} has nothing at {what.removeprefix('HEAD ')}.")
         return ServerError(f"{server} answered {what} with status {status} and no reason: is this a Flame server?")
     if name == "SpecError":
         return errors.SpecError(message)
