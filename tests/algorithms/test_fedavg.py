@@ -55,7 +55,7 @@ def test_the_mean_is_weighted_by_samples(together):
 
 def test_tensors_that_lie_side_by_side_are_folded_as_one():
     rng = np.random.default_rng(1)
-    model = side_by_side({f"t{i}": (7,) for i in range(160)}, rng)
+    model = side_by_side({f"t{i}": (700,) for i in range(160)}, rng)
     layout = layouts.Layout(model)
     assert len(layout.runs(model, "t")) == 1
     assert len(layout.runs({name: array.copy() for name, array in model.items()}, "t")) > 1
@@ -240,3 +240,17 @@ def test_only_the_ratio_of_counts_matters(drawn, factor):
 def test_a_constant_stays_what_it_is(value, counts):
     result = average([{"w": np.full(3, value, "f4")}] * len(counts), counts)["w"]
     np.testing.assert_allclose(result, value, rtol=2e-6)
+
+
+def test_a_small_model_of_many_tensors_is_folded_in_one_go():
+    rng = np.random.default_rng(1)
+    model = {f"t{i}": rng.normal(size=3).astype("f2" if i % 2 else "f4") for i in range(160)} | {"n": np.array(3)}
+    layout = layouts.Layout(model)
+    assert {run.group: run.array.dtype.name for run in layout.runs(model, "t")} == {
+        "float32": "float32",
+        layouts.COUNTED: "float64",
+    }
+    result = average([model, {name: array * 3 for name, array in model.items()}], [1, 1])
+    for name, array in model.items():
+        assert result[name].dtype == array.dtype
+        np.testing.assert_allclose(result[name], array * 2, rtol=1e-3)

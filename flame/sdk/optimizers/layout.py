@@ -24,6 +24,9 @@ COUNTED = "counted"
 #: server step or a drift correction could make a variance negative, so they are only ever averaged.
 STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
+#: Models up to this size are copied together before they are added up.
+SMALL_BYTES = 64 * 1024
+
 #: bfloat16 as numpy sees it here: the upper half of a float32, as bits. numpy has no such type of its own, so such
 #: tensors come as PyTorch's or ml_dtypes' and leave as they came.
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
@@ -127,6 +130,8 @@ class Layout:
             self.dtypes[group] = dtype
             self.slots.append(Slot(name, group, start, start + array.size, array.shape, array.dtype))
 
+        self.small = sum(size * self.dtypes[group].itemsize for group, size in self.sizes.items()) <= SMALL_BYTES
+
     def empty(self) -> Flat:
         """Vectors for all groups, with no values yet."""
         return {group: np.empty(size, self.dtypes[group]) for group, size in self.sizes.items()}
@@ -148,16 +153,13 @@ class Layout:
         :param end: whose model it is, for the message.
         :raises flame.errors.WorkerError: names, shapes or dtypes differ from the layout's.
         """
-        weights = _plain(weights)
-        if len(weights) != len(self.slots):
-            self._misfit(weights, end)
+        arrays = self._checked(weights, end)
+        if self.small:
+            return self._gathered(arrays)
         found: list[Run] = []
         # By group and dtype, the stretch that grows: its first slot and array, the address and index where it goes on.
         growing: dict[tuple[str, np.dtype[Any]], tuple[Slot, Array, int, int]] = {}
-        for slot in self.slots:
-            array = weights.get(slot.name)
-            if array is None or array.shape != slot.shape or array.dtype != slot.dtype:
-                self._misfit(weights, end)
+        for slot, array in zip(self.slots, arrays, strict=True):
             if slot.stop == slot.start:
                 continue
             if not array.flags.c_contiguous:
@@ -174,6 +176,29 @@ class Layout:
             growing[key] = (slot, array, address + array.nbytes, slot.stop)
         found.extend(_run(begun) for begun in growing.values())
         return found
+
+    def _checked(self, weights: Weights, end: str) -> list[Array]:
+        """The tensors in the order of the slots."""
+        weights = _plain(weights)
+        if len(weights) != len(self.slots):
+            self._misfit(weights, end)
+        arrays = []
+        for name, _, _, _, shape, dtype in self.slots:
+            array = weights.get(name)
+            if array is None or array.shape != shape or (array.dtype is not dtype and array.dtype != dtype):
+                self._misfit(weights, end)
+            arrays.append(array)
+        return arrays
+
+    def _gathered(self, arrays: list[Array]) -> list[Run]:
+        """One run a group, copied together: of a small model that is cheaper than to look where its tensors lie."""
+        parts: dict[str, list[Array]] = {group: [] for group in self.sizes}
+        for slot, array in zip(self.slots, arrays, strict=True):
+            parts[slot.group].append(widen(array))
+        return [
+            Run(group, 0, np.concatenate(each, axis=None, dtype=self.dtypes[group], casting="unsafe"))
+            for group, each in parts.items()
+        ]
 
     def weights(self, flat: Flat) -> dict[str, Array]:
         """The model whose values are in ``flat``: views of it where the dtype is the accumulating one."""

@@ -62,6 +62,10 @@ class WeightedSum:
     def __init__(self, flat: Flat) -> None:
         self.flat = flat
         self.count = 0
+        self._scratch = {
+            vector.dtype: np.empty(min(vector.size, BLOCK_BYTES // vector.itemsize), vector.dtype)
+            for vector in sorted(flat.values(), key=len)
+        }
         self._total = 0.0
         self._unit = 1.0
 
@@ -80,7 +84,7 @@ class WeightedSum:
         scale = factor / self._unit
         for run in runs:
             target = self.flat[run.group][run.start : run.start + run.array.size]
-            _accumulate(target, run.array, scale, first=self.count == 0)
+            _accumulate(target, run.array, scale, None if self.count == 0 else self._scratch[target.dtype])
         self.count += 1
         self._total += scale
 
@@ -97,15 +101,11 @@ class WeightedSum:
         return self.flat
 
 
-def _accumulate(target: Array, values: Array, scale: float, *, first: bool) -> None:
-    """``target += scale * values``, or ``target = scale * values`` the first time."""
-    if first and scale == 1.0:
-        np.copyto(target, widen(values))
-        return
-    scratch = np.empty(min(target.size, BLOCK_BYTES // target.itemsize), target.dtype)
+def _accumulate(target: Array, values: Array, scale: float, scratch: Array | None) -> None:
+    """``target += scale * values``, or without ``scratch`` (a block) ``target = scale * values``."""
     for part in blocks(target.size, target.itemsize):
         into, piece = target[part], widen(values[part])
-        if first:
+        if scratch is None:
             np.multiply(piece, scale, out=into, dtype=target.dtype)
         elif scale == 1.0:
             np.add(into, piece, out=into, dtype=target.dtype)
