@@ -186,7 +186,7 @@ def _entries(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[zipfile.ZipI
     seen: dict[tuple[str, ...], bool] = {}
     for info in infos:
         # zipfile cuts a name at a NUL; the name as it was written is the one to judge.
-        path = _parts(info.orig_filename, info.is_dir(), name)
+        path = _parts(info.orig_filename, name)
         where = f"{name}: {info.filename}"
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -205,9 +205,9 @@ def _entries(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[zipfile.ZipI
         yield info, path
 
 
-def _parts(written: str, is_folder: bool, name: str) -> tuple[str, ...]:
+def _parts(written: str, name: str) -> tuple[str, ...]:
     where = f"{name}: {written!r}"
-    parts = (written.removesuffix("/") if is_folder else written).split("/")
+    parts = written.removesuffix("/").split("/")
     if "\\" in written or "\0" in written or any(ord(letter) < 32 for letter in written):
         raise SpecError("a name with a backslash or a control character cannot be unpacked.", where)
     if written.startswith("/") or (len(parts[0]) == 2 and parts[0][1] == ":"):
@@ -255,7 +255,7 @@ def _from_folder(folder: Path, roles: Collection[str] | None, name: str) -> dict
                 raise SpecError("this link leads out of the code's folder; put the file itself here.", where)
             if not path.is_file():
                 raise SpecError("this is no plain file, and cannot be packed.", where)
-            _parts("/".join((*at, one)), False, name)
+            _parts("/".join((*at, one)), name)
             total += path.stat().st_size
             if total > MAX_UNPACKED or len(files) >= MAX_FILES:
                 raise SpecError(

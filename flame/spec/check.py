@@ -153,7 +153,7 @@ def _channel(channel: Channel, roles: Mapping[str, Role], places: Places, index:
         if role not in channel.pair:
             raise SpecError(
                 f"role {role!r} is not in the pair of channel {channel.name!r}; "
-                f"{suggestion(role, dict.fromkeys(channel.pair), 'its roles')}",
+                f"its roles are {listing(dict.fromkeys(channel.pair))}.",
                 where,
             )
         for at, tag in enumerate(tags):
@@ -210,9 +210,11 @@ def _associations(schema: Schema, role: Role, index: int, places: Places) -> Non
                 )
         missing = [name for name in channels if name not in entry]
         if missing:
+            groups = groups_of(channels[missing[0]])
+            choice = f"the group {groups[0]!r}" if len(groups) == 1 else f"one of {listing(groups)}"
             raise SpecError(
                 f"role {role.name!r} is in the pair of channel {missing[0]!r}, so the association must name a group of it; "
-                f"add {missing[0]!r} with one of {listing(groups_of(channels[missing[0]]))}.",
+                f"add {missing[0]!r} with {choice}.",
                 places.where(*here),
             )
 

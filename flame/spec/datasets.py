@@ -46,7 +46,7 @@ def locate(url: str, base: FilePath, where: str) -> str:
     :raises flame.errors.SpecError: a relative path leads to nothing.
     """
     scheme = urlsplit(url).scheme if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url) else ""
-    if scheme or not url:
+    if scheme or not url.strip():
         return url
     path = FilePath(url).expanduser() if url.startswith("~") else FilePath(url)
     if not path.is_absolute():

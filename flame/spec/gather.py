@@ -67,14 +67,14 @@ class Brought:
                     continue
                 url = datasets.locate(item, self.folder, where)
                 one: Any = {"name": datasets.stem(url), "url": url}
-                self.local.append(datasets.Local(one, repr(item), (item,), self.file, inside))
+                self.local.append(datasets.Local(one, item, (item,), self.file, inside))
             elif isinstance(item, dict):
                 one = normal.dataset(item, where, self.notes.append)
                 if isinstance(one.get("url"), str):
                     one["url"] = datasets.locate(one["url"], self.folder, self.places.where(*inside, "url"))
                     one.setdefault("name", datasets.stem(one["url"]))
                 shape(one, Dataset, Places({(): (self.file, inside)}))
-                self.local.append(datasets.Local(one, repr(one["name"]), (), self.file, inside))
+                self.local.append(datasets.Local(one, one["name"], (), self.file, inside))
             else:
                 raise SpecError(f"must be a path, a URL or an object, not {describe(item)}.", where)
 

@@ -170,9 +170,9 @@ def parse(text: str | bytes, name: str, *, json_only: bool | None = None) -> Any
         except UnicodeDecodeError as error:
             raise SpecError(f"the file is no UTF-8 text (byte {error.start}).", name) from error
     if json_only is None:
-        # A tab may indent JSON but not YAML, so what looks like JSON is tried as that, whatever the file's name.
         json_only = name.lower().endswith(".json")
-    if json_only or text.lstrip()[:1] == "{":
+    # A tab may indent JSON but not YAML, so what looks like JSON is tried as that, whatever the file's name.
+    if json_only or text.lstrip()[:1] in ("{", "["):
         try:
             data = _parse_json(text, name)
         except SpecError:

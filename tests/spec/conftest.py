@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from flame.spec.nouns import Dataset, DatasetGroups, JobForm, ModelSpec, Schema
 from flame.spec.shape import shape
+
+# How long an example takes says nothing on a machine that others share.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 Json = dict[str, Any]
 
@@ -18,8 +23,14 @@ UP = ["distribute", "aggregate"]
 DOWN = ["fetch", "upload"]
 
 
-def channel(name: str, first: str, second: str, *groups: str, backend: str | None = None, tags: Json | None = None) -> Json:
-    made: Json = {"name": name, "pair": [first, second], "groupBy": {"type": "tag", "value": list(groups or ("default",))}}
+def channel(
+    name: str, first: str, second: str, *groups: str, backend: str | None = None, tags: Json | None = None
+) -> Json:
+    made: Json = {
+        "name": name,
+        "pair": [first, second],
+        "groupBy": {"type": "tag", "value": list(groups or ("default",))},
+    }
     made["funcTags"] = {second: UP, first: DOWN} if tags is None else tags
     return made | ({"backend": backend} if backend else {})
 
@@ -62,7 +73,9 @@ SCHEMAS: dict[str, Json] = {
             role("aggregator", {"global-channel": "default"}),
         ],
         "channels": [
-            channel("param-channel", "trainer", "trainer", "eu", "us", backend="p2p", tags={"trainer": ["ring_allreduce"]}),
+            channel(
+                "param-channel", "trainer", "trainer", "eu", "us", backend="p2p", tags={"trainer": ["ring_allreduce"]}
+            ),
             channel("global-channel", "trainer", "aggregator", backend="mqtt"),
         ],
     },
@@ -123,7 +136,9 @@ def job_of(schema: Json, groups: dict[str, list[str]], *, role: str = "trainer",
     return JobForm(
         name="test",
         schema=shape(schema, Schema),
-        datasets=[Dataset(id=one, name=one, url=f"https://example.org/{one}.npz", realm=f"default/{one}") for one in ids],
+        datasets=[
+            Dataset(id=one, name=one, url=f"https://example.org/{one}.npz", realm=f"default/{one}") for one in ids
+        ],
         data_spec=[DatasetGroups(role=role, dataset_groups=groups)],
         model_spec=ModelSpec(hyperparameters={"rounds": 2}),
         **fields,

@@ -113,10 +113,24 @@ def test_a_task_has_all_that_the_sdk_reads(schemas: dict[str, Any], make_job: Ma
     assert trainer.realm == "default/a"
     assert aggregator.realm == "default"
     config = msgspec.to_builtins(trainer)
-    for key in (
-        "taskid role job realm backend brokers channels groupAssociation dataset hyperparameters baseModel optimizer "
-        "selector registry dependencies maxRunTime"
-    ).split():
+    for key in [
+        "taskid",
+        "role",
+        "job",
+        "realm",
+        "backend",
+        "brokers",
+        "channels",
+        "groupAssociation",
+        "dataset",
+        "hyperparameters",
+        "baseModel",
+        "optimizer",
+        "selector",
+        "registry",
+        "dependencies",
+        "maxRunTime",
+    ]:
         assert key in config
     assert config["job"] == {"id": JOB, "name": "test"}
     assert config["brokers"] == [{"sort": "mqtt", "host": "localhost:1883"}]
@@ -144,7 +158,9 @@ def test_the_natural_association_is_taken_where_there_is_only_one(schemas: dict[
 def test_a_role_without_association_is_refused_where_there_are_several(schemas: dict[str, Any], make_job: Make) -> None:
     schema = schemas["hier_mnist"]
     schema["roles"][1]["groupAssociation"] = []
-    with pytest.raises(SpecError, match=r"'middle-aggregator' needs a groupAssociation.*'param-channel'.*'eu' and 'na'"):
+    with pytest.raises(
+        SpecError, match=r"'middle-aggregator' needs a groupAssociation.*'param-channel'.*'eu' and 'na'"
+    ):
         expand(make_job(schema, {"eu": ["a"]}), None, {}, JOB)
 
 
@@ -171,7 +187,8 @@ def forms(draw: st.DrawFn) -> tuple[JobForm, dict[str, Any]]:
     roles = draw(st.lists(names, min_size=depth + 1, max_size=depth + 1, unique=True))
     replicas = [draw(st.integers(1, 3)) for _ in roles]
     channels = [
-        {"name": f"c{level}", "pair": [roles[level], roles[level + 1]], "groupBy": {"value": groups}} for level in range(depth)
+        {"name": f"c{level}", "pair": [roles[level], roles[level + 1]], "groupBy": {"value": groups}}
+        for level in range(depth)
     ]
     made: dict[str, Any] = {"name": "any", "roles": [], "channels": channels}
     for level, name in enumerate(roles):
@@ -202,12 +219,16 @@ def test_any_job_expands_by_the_rules(made: tuple[JobForm, dict[str, Any]]) -> N
     form, parts = made
     tasks = expand(form, None, {}, JOB)
     data_role = parts["roles"][-1]
-    counts = {name: replica * len(parts["groups"]) for name, replica in zip(parts["roles"], parts["replicas"], strict=True)}
+    counts = {
+        name: replica * len(parts["groups"]) for name, replica in zip(parts["roles"], parts["replicas"], strict=True)
+    }
     counts[data_role] = sum(len(ids) for ids in parts["used"].values())
     assert {name: sum(task.role == name for task in tasks) for name in parts["roles"]} == counts
     assert [task.role for task in tasks] == sorted(task.role for task in tasks)
     fed = [(next(iter(task.group_association.values())), task.dataset) for task in tasks if task.role == data_role]
-    assert fed == [(group, f"https://example.org/{one}") for group in sorted(parts["used"]) for one in parts["used"][group]]
+    assert fed == [
+        (group, f"https://example.org/{one}") for group in sorted(parts["used"]) for one in parts["used"][group]
+    ]
     assert len({task.taskid for task in tasks}) == len(tasks)
     for task in tasks:
         assert set(task.peers) == {channel.name for channel in task.channels} == set(task.group_association)
