@@ -28,7 +28,7 @@ from typing import ClassVar
 
 from flame.errors import BackendError
 from flame.sdk.backends.base import Backend, BackendContext, Frames, Sink
-from flame.sdk.backends.mqtt_client import Client, Settings
+from flame.sdk.backends.mqtt_client import PACKET_TOO_LARGE, PROTOCOL_ERROR, TAKEN_OVER, Client, Settings
 from flame.sdk.backends.mqtt_receive import Intake
 from flame.sdk.backends.mqtt_roster import LOST_SECONDS, Peer, Roster
 from flame.sdk.backends.mqtt_send import Outbox, Sending
@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 * 1024
 CHUNK_LEAST = 512
+#: Any broker takes messages of this size, so a broken connection is not put down to it.
+CHUNK_SAFE = 4096
 #: A message up to this size is copied and sent at once, with no offer before it.
 SMALL_BYTES = 64 * 1024
 #: Small messages to one end that may be behind before :meth:`MqttBackend.send` waits.
@@ -294,12 +296,30 @@ class MqttBackend(Backend):
         for seat in self._seats.values():
             seat.outbox.reconnected(now)
 
-    def _on_disconnect(self, reason: str, taken_over: bool) -> None:
+    def _on_disconnect(self, reason: str, code: int) -> None:
         if self._connected and self._running and self._client is not None:
             log.warning("The connection to the MQTT broker is lost (%s); trying on.", reason)
         self._connected = False
-        if taken_over:
+        if code == TAKEN_OVER:
             self._fail("was replaced by another start of the same task")
+        elif code in (PROTOCOL_ERROR, PACKET_TOO_LARGE) and self._published:
+            self._send_smaller()
+
+    def _send_smaller(self) -> None:
+        """A limit that the broker does not announce (``message_size_limit`` of Mosquitto) shows in this way only."""
+        if self._client is None or self._chunk <= CHUNK_SAFE:
+            return
+        self._chunk_wanted = self._chunk = max(CHUNK_SAFE, self._chunk // 2)
+        log.warning("The MQTT broker may take no messages of this size; going on with %d bytes.", self._chunk)
+        self._client.forget()
+        waiting = [*self._published.values(), *(each[-1] for each in self._unpublished)]
+        self._published.clear()
+        self._unpublished.clear()
+        for then in waiting:
+            if then is not None:
+                then(None)  # a presence message, and the next connection begins with one
+        for seat in self._seats.values():
+            seat.outbox.cut_smaller(self._chunk, time.monotonic())
 
     def _fail(self, reason: str) -> None:
         """This worker is out for good."""

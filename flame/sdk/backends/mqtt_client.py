@@ -32,6 +32,8 @@ WILL_EXPIRY_SECONDS = 3600
 CONNECT_SECONDS = 10.0
 RECONNECT_SECONDS = (0.1, 3)
 IN_FLIGHT = 20
+#: Reason codes of MQTT 5 with which a broker ends a connection.
+PROTOCOL_ERROR, TAKEN_OVER, PACKET_TOO_LARGE = 0x82, 0x8E, 0x95
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)  # Linux
 
 
@@ -80,7 +82,7 @@ class Client:
     :param will: gives topic and payload of the last will for the n-th connection.
     :param on_connect: the connection is there: its number, the broker's largest packet in bytes (None: no limit), and how
         many messages it takes unacknowledged. paho does not heed that and would be thrown out, so the caller has to.
-    :param on_disconnect: it is lost, with a sentence's end; ``taken_over`` when another start has taken its place.
+    :param on_disconnect: it is lost: why, in words and as MQTT 5's reason code.
     :param on_message: topic, payload, whether it was retained.
     :param on_published: the broker has acknowledged a message; its packet id and a reason where it refused.
     :param on_subscribed: packet id, and whether all were granted.
@@ -96,7 +98,7 @@ class Client:
         *,
         will: Callable[[int], tuple[str, bytes]],
         on_connect: Callable[[int, int | None, int], None],
-        on_disconnect: Callable[[str, bool], None],
+        on_disconnect: Callable[[str, int], None],
         on_message: Callable[[str, bytes, bool], None],
         on_published: Callable[[int, str | None], None],
         on_subscribed: Callable[[int, bool], None],
@@ -104,7 +106,7 @@ class Client:
         try:
             from paho.mqtt import client as paho
             from paho.mqtt import enums
-        except ImportError:
+        except ModuleNotFoundError:
             raise MissingExtra("paho-mqtt", "mqtt", "The mqtt backend") from None
         self._settings = settings
         self._will = will
@@ -135,7 +137,7 @@ class Client:
             self._first.set()
 
         def disconnected(client: Any, data: Any, flags: Any, reason: Any, properties: Any) -> None:
-            on_disconnect(str(reason).lower(), flags.is_disconnect_packet_from_server and reason.value == 0x8E)
+            on_disconnect(str(reason).lower(), reason.value)
 
         def connect_failed(client: Any, data: Any) -> None:
             self._trouble = "nothing answers"
@@ -226,6 +228,10 @@ class Client:
     def unsubscribe(self, topic: str) -> None:
         """Stop listening to a topic."""
         self._paho.unsubscribe(topic)
+
+    def forget(self) -> None:
+        """Do not publish again what the broker has not acknowledged."""
+        self._paho.drop_out_messages()
 
     def close(self) -> None:
         """Go, in good order: the session ends and the will is not published. Safe to call again."""

@@ -46,7 +46,7 @@ class Incoming:
         self.next = 0
         self.top = 0
         self.unsaid = 0  # chunks since the last status
-        self.lost = False
+        self.cut = 0  # losses below this chunk have been answered for
 
     def missing(self, first: int, last: int) -> list[tuple[int, int]]:
         """The ranges of chunks between two that are not there."""
@@ -153,7 +153,10 @@ class Intake:
         if said.topic and said.topic != incoming.topic:
             self._subscribe(source.end, said.topic)
             return  # the status follows when the topic is heard
-        self._status(source, incoming, incoming.missing(0, min(said.cursor, incoming.count)))
+        lost = incoming.missing(0, min(said.cursor, incoming.count)) if incoming.buffer is not None else []
+        if lost:
+            self._slow_down(incoming)
+        self._status(source, incoming, lost)
 
     def subscribed(self, end: str, topic: str) -> None:
         """A SET topic is listened to now."""
@@ -185,9 +188,7 @@ class Intake:
         if incoming.next == incoming.count:
             self._complete(source, incoming)
         elif gaps:
-            if not incoming.lost:
-                incoming.lost = True
-                self._chunks = max(CHUNKS_LEAST, self._chunks / 2)
+            self._slow_down(incoming)
             self._status(source, incoming, gaps)
         elif incoming.unsaid * 4 >= self._chunks_each():
             self._status(source, incoming)
@@ -265,11 +266,17 @@ class Intake:
         source.incoming = None
         self._active.discard(incoming)
         source.next += 1
-        if not incoming.lost:
+        if not incoming.cut:
             self._chunks = min(CHUNKS_OF_ONE, self._chunks + 1)
         self._ack(source)
         if incoming.buffer is not None:
             self._deliver(source.end, incoming.buffer.data)
+
+    def _slow_down(self, incoming: Incoming) -> None:
+        """Chunks were lost: let half as many be on their way, once for what was on its way then."""
+        if incoming.top >= incoming.cut:
+            self._chunks = max(CHUNKS_LEAST, self._chunks / 2)
+            incoming.cut = incoming.top + self._chunks_each()
 
     def _chunks_each(self) -> int:
         return max(CHUNKS_LEAST, min(int(self._chunks), CHUNKS_OF_ALL // max(1, len(self._active))))

@@ -46,14 +46,18 @@ class Sending:
         self.parts = [part for part in parts if len(part)]
         self.starts = [0, *itertools.accumulate(len(part) for part in self.parts)]
         self.nbytes = self.starts[-1]
-        self.chunk = chunk
         self.small = small
-        self.count = -(-self.nbytes // chunk)
+        self.cut(chunk)
         self.number = 0
         self.failures: dict[str, str] = {}
         self.deliveries: dict[str, Delivery] = {}
         self.lanes: list[Lane] = []
         self.on_done = on_done
+
+    def cut(self, chunk: int) -> None:
+        """Cut it into pieces of ``chunk`` bytes."""
+        self.chunk = chunk
+        self.count = -(-self.nbytes // chunk)
 
     def piece(self, index: int) -> list[memoryview]:
         """The bytes of a chunk, as views."""
@@ -103,7 +107,11 @@ class Delivery:
         self.sending = sending
         self.flow = flow
         self.seq = flow.next_seq
-        self.published = False  # small: sent at least once; large: offered
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing of it has been sent."""
+        self.published = False  # a small one was sent at least once
         self.lane: Lane | None = None
         self.ready = False  # listens to its lane's topic
         self.next = 0
@@ -192,6 +200,26 @@ class Outbox:
             if free:
                 # Who is busy with an earlier message gets a lane of its own when that is done.
                 self._open_lane(sending, free, 0)
+
+    def cut_smaller(self, chunk: int, now: float) -> None:
+        """The broker takes no packets as large as the ones that are on their way: begin those messages anew."""
+        sendings = {id(each.sending): each.sending for flow in self._flows.values() for each in flow.queue}
+        for sending in sendings.values():
+            if min(sending.chunk, sending.nbytes) <= chunk:
+                continue
+            sending.number = next(self._numbers)  # what is left of the old pieces is not taken for new ones
+            sending.cut(chunk)
+            sending.lanes.clear()
+            if sending.small:
+                sending.small = False
+                self._streaming.append(sending)
+            first = []
+            for delivery in sending.deliveries.values():
+                delivery.reset()
+                if delivery.flow.queue[0] is delivery:
+                    first.append(delivery)
+            if first:
+                self._open_lane(sending, first, 0)
 
     def cancel(self, sending: Sending, reason: str) -> None:
         """Give up on the ends that do not have the message yet."""
