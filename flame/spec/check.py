@@ -109,9 +109,11 @@ def check_dataset(dataset: Dataset, places: Places | None = None) -> Dataset:
 
 
 def _distinct(names: Sequence[str], noun: str, places: Places, *path: str | int) -> None:
+    seen: set[str] = set()
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if name in seen:
             raise SpecError(f"two {noun}s are called {name!r}; rename one of them.", places.where(*path, index))
+        seen.add(name)
 
 
 def _role_name(name: str, where: str) -> None:
@@ -249,7 +251,7 @@ def _balance(schema: Schema, used: Iterable[tuple[Role, Mapping[str, str], int]]
 
 
 def _data(form: JobForm, schema: Schema, registered: Collection[str], places: Places) -> None:
-    ids = [dataset.id for dataset in form.datasets]
+    brought: dict[str, Dataset] = {}
     for index, dataset in enumerate(form.datasets):
         check_dataset(dataset, places.under("datasets", index))
         if dataset.id is None:
@@ -257,11 +259,11 @@ def _data(form: JobForm, schema: Schema, registered: Collection[str], places: Pl
                 "a dataset that a job brings needs an id, by which dataSpec refers to it.",
                 places.where("datasets", index),
             )
-        if dataset.id in ids[:index]:
+        if dataset.id in brought:
             raise SpecError(
                 f"two datasets have the id {dataset.id!r}; rename one of them.", places.where("datasets", index)
             )
-    brought = {dataset.id: dataset for dataset in form.datasets if dataset.id is not None}
+        brought[dataset.id] = dataset
     roles = {role.name: role for role in schema.roles}
     _distinct_entries(form, places)
     for index, entry in enumerate(form.data_spec):

@@ -35,7 +35,7 @@ class Local:
     def __init__(self, data: dict[str, Any], label: str, words: Collection[str], file: str, inside: Path) -> None:
         self.data = data
         self.label = label
-        self.words = {*words, data.get("id"), data.get("name")} - {None, ""}
+        self.words = {str(word) for word in (*words, data.get("id"), data.get("name")) if word}
         self.file = file
         self.inside = inside
 
@@ -183,43 +183,48 @@ def match(
     :raises flame.errors.SpecError: a dataset is neither brought nor registered.
     """
     local = _distinct(local)
+    called: dict[str, list[Local]] = {}
+    for one in local:
+        for word in one.words:
+            called.setdefault(word, []).append(one)
     used: dict[str, Local] = {}
-    unknown: list[tuple[str, Path]] = []
+    unknown: dict[str, Path] = {}
     for ref, path in _ids(data_spec):
-        if ref in used or any(ref == other for other, _ in unknown):
+        if ref in used or ref in unknown:
             continue
-        found = [one for one in local if ref in one.words]
+        found = called.get(ref, [])
         exact = [one for one in found if one.data.get("id") == ref]
         if len(found) > 1 and len(exact) != 1:
             raise SpecError(
-                f"{len(found)} datasets are called {ref!r} ({listing(one.label for one in found)}); give them different names.",
+                f"{len(found)} datasets are called {ref!r} ({listing(one.label for one in found)}); "
+                "give them different names.",
                 places.where(*path),
             )
         if found:
             used[ref] = (exact or found)[0]
         elif ref not in registered:
-            unknown.append((ref, path))
-    free = [one for one in local if one not in used.values()]
+            unknown[ref] = path
+    taken = {id(one) for one in used.values()}
+    free = [one for one in local if id(one) not in taken]
     if unknown and len(unknown) == len(free):
-        pairs = list(zip(unknown, free, strict=True))
-        used.update({ref: one for (ref, _), one in pairs})
+        pairs = dict(zip(unknown, free, strict=True))
+        used.update(pairs)
         free = []
-        matched = ", ".join(f"{ref} is {one.label}" for (ref, _), one in pairs)
+        matched = ", ".join(f"{ref} is {one.label}" for ref, one in pairs.items())
         notes.append(
             f"No server knows the dataset ids of dataSpec; matched in order with the job's own datasets: {matched}."
         )
     elif unknown:
-        ref, path = unknown[0]
-        brings = (
-            f"brings {len(free)} that no id belongs to ({listing(one.label for one in free)})"
-            if free
-            else "brings none for it"
-        )
-        raise SpecError(
-            f"unknown dataset {ref!r}: it is not registered, and the job {brings} while {len(unknown)} "
-            f"{'id is' if len(unknown) == 1 else 'ids are'} unknown; register it, or name a dataset of the job.",
-            places.where(*path),
-        )
+        ref, path = next(iter(unknown.items()))
+        sentence = f"unknown dataset {ref!r}: it is not registered and the job does not bring it; "
+        if free:
+            sentence += (
+                f"{len(unknown)} of dataSpec's ids are unknown, but {len(free)} of the job's datasets are free to be matched "
+                f"({listing(one.label for one in free)}): make the counts agree."
+            )
+        else:
+            sentence += "register it, or add its dataset file to the job."
+        raise SpecError(sentence, places.where(*path))
     if free:
         notes.append(f"Not used, because dataSpec does not name them: {listing(one.label for one in free)}.")
     chosen: list[Local] = []
@@ -231,13 +236,10 @@ def match(
 
 def _distinct(local: list[Local]) -> list[Local]:
     """Without repetitions of a dataset that is listed twice, in two groups for example, under one id."""
-    seen: list[dict[str, Any]] = []
-    kept: list[Local] = []
-    for one in local:
-        if one.data.get("id") is None or one.data not in seen:
-            seen.append(one.data)
-            kept.append(one)
-    return kept
+    kept: dict[Any, Local] = {}
+    for index, one in enumerate(local):
+        kept.setdefault(repr(sorted(one.data.items())) if one.data.get("id") is not None else index, one)
+    return list(kept.values())
 
 
 def _ids(data_spec: Any) -> Iterator[tuple[str, Path]]:

@@ -13,10 +13,9 @@ and the places where everything was written, so that a later complaint can name 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from flame.errors import SpecError, UsageError
 from flame.spec import bundle, datasets, normal
@@ -44,8 +43,7 @@ __all__ = [
 _BY_PATH = {"schema": "schemaPath", "dataSpec": "dataSpecPath", "modelSpec": "modelSpecPath", "code": "codePath"}
 
 
-@dataclasses.dataclass(frozen=True)
-class JobBundle:
+class JobBundle(NamedTuple):
     """A JOB, read and checked.
 
     :ivar form: what to send to the server; ``form.code`` is the digest of ``archive``.
@@ -287,8 +285,8 @@ class _Loader:
         source = self._code_source(data, roles)
         if source is None:
             return None, "the code"
-        name = self._name(source)
-        return bundle.pack(source, roles, name), "the job's folder" if name == "." else name
+        name = "the job's folder" if source.resolve() == self.folder else self._name(source)
+        return bundle.pack(source, roles, name), name
 
     def _code_source(self, data: dict[str, Any], roles: list[str] | None) -> FilePath | None:
         if "code" in self.exchanged:

@@ -6,7 +6,6 @@ the first thing that does not fit, because a user needs the place, what is there
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -33,6 +32,8 @@ def suggestion(name: str, names: Iterable[str], what: str) -> str:
 
     :param what: the names as a plural, such as ``the roles``.
     """
+    import difflib  # only a refusal needs it
+
     names = list(names)
     folded = {other.casefold(): other for other in reversed(names)}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)

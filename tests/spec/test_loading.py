@@ -471,5 +471,5 @@ def test_single_nouns_load_from_files_folders_and_standard_input(
     monkeypatch.setattr("sys.stdin", Stdin)
     assert load_dataset("-").name == "from standard input"
     (folder / "empty.yaml").write_text("{name: a, url: ' '}")
-    with pytest.raises(SpecError, match="empty.yaml: url: the url of a dataset must not be empty"):
+    with pytest.raises(SpecError, match=r"empty.yaml: url: the url of a dataset must not be empty"):
         load_dataset(folder / "empty.yaml")

@@ -258,16 +258,17 @@ def test_a_group_of_datasets_that_the_role_has_not(flame_folder: Flame) -> None:
 
 def test_an_unknown_dataset(flame_folder: Flame) -> None:
     assert refused(flame_folder(dataset1__json=None)) == (
-        "dataSpec.json: [0].datasetGroups.us[0]: unknown dataset '64109d853e579ab7ff9fafb9': it is not registered, and the job "
-        "brings none for it while 1 id is unknown; register it, or name a dataset of the job."
+        "dataSpec.json: [0].datasetGroups.us[0]: unknown dataset '64109d853e579ab7ff9fafb9': it is not registered and the job "
+        "does not bring it; register it, or add its dataset file to the job."
     )
 
 
 def test_dataset_ids_whose_count_does_not_agree_with_the_files(flame_folder: Flame) -> None:
     folder = flame_folder(groups={"us": ["a", "b", "c"]}, dataset3__json=None)
     assert refused(folder) == (
-        "dataSpec.json: [0].datasetGroups.us[0]: unknown dataset 'a': it is not registered, and the job brings 2 that no id "
-        "belongs to ('dataset1.json' and 'dataset2.json') while 3 ids are unknown; register it, or name a dataset of the job."
+        "dataSpec.json: [0].datasetGroups.us[0]: unknown dataset 'a': it is not registered and the job does not bring it; "
+        "3 of dataSpec's ids are unknown, but 2 of the job's datasets are free to be matched ('dataset1.json' and "
+        "'dataset2.json'): make the counts agree."
     )
 
 
