@@ -7,11 +7,12 @@ The records and streams are what the world sees and what a restarted server star
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from flame.controller.context import StoredTask
 from flame.controller.lifecycle import Action, Clock, Enter, JobLife, TaskLife, Warn, quorums

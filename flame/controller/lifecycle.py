@@ -33,8 +33,10 @@ between two writes finds its way again: it reads what is there, and settles.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from flame.errors import Conflict
 from flame.spec.records import Failure, JobState, TaskState
@@ -57,8 +59,7 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TaskLife:
+class TaskLife(msgspec.Struct, frozen=True):
     """What decides about a task.
 
     :ivar attempt: the newest attempt; 0 before the first.
@@ -79,8 +80,7 @@ class TaskLife:
     failure: Failure | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobLife:
+class JobLife(msgspec.Struct, frozen=True):
     """What decides about a job.
 
     :ivar tasks: by id, in the order of expansion; never changed in place.
@@ -116,61 +116,52 @@ def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None) -> dict[str, 
 # ---------------------------------------------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """A user starts the job."""
 
 
-@dataclass(frozen=True, slots=True)
-class Admit:
+class Admit(msgspec.Struct, frozen=True):
     """There is room for all of the job's workers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """A user stops the job."""
 
 
-@dataclass(frozen=True, slots=True)
-class TimeUp:
+class TimeUp(msgspec.Struct, frozen=True):
     """The job has run for as long as it may."""
 
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
+class Kill(msgspec.Struct, frozen=True):
     """A user ends one task's worker."""
 
     task: str
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(msgspec.Struct, frozen=True):
     """A flamelet follows its events."""
 
     task: str
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(msgspec.Struct, frozen=True):
     """The task's code was started."""
 
     task: str
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(msgspec.Struct, frozen=True):
     """The task's code ended with status 0."""
 
     task: str
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The flamelet says that the task failed."""
 
     task: str
@@ -178,8 +169,7 @@ class Failed:
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Terminated:
+class Terminated(msgspec.Struct, frozen=True):
     """The flamelet was told to end the task's code, and did. Nobody of ours need have told it."""
 
     task: str
@@ -187,8 +177,7 @@ class Terminated:
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Silent:
+class Silent(msgspec.Struct, frozen=True):
     """The worker's lease is lost: its machine may be unreachable, and the worker still be there."""
 
     task: str
@@ -196,8 +185,7 @@ class Silent:
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Gone:
+class Gone(msgspec.Struct, frozen=True):
     """Nothing is left of the worker. ``failure`` is the cause where the task had not ended before."""
 
     task: str
@@ -205,8 +193,7 @@ class Gone:
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
+class Missing(msgspec.Struct, frozen=True):
     """A restarted server had asked for this worker, or was about to when it was killed; it is not there."""
 
     task: str
@@ -234,31 +221,27 @@ Event = (
 # --------------------------------------------------------------------------------------------------- actions
 
 
-@dataclass(frozen=True, slots=True)
-class Enter:
+class Enter(msgspec.Struct, frozen=True):
     """The job entered a state; a step may go through several."""
 
     state: JobState
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """Start a worker for this attempt."""
 
     task: str
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(msgspec.Struct, frozen=True):
     """Tell the flamelet to run the task's code."""
 
     task: str
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(msgspec.Struct, frozen=True):
     """See to it that nothing is left of this worker.
 
     :ivar parting: its task has ended and it is about to leave by itself; it gets a moment for that.
@@ -270,13 +253,11 @@ class End:
     parting: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
+class Clock(msgspec.Struct, frozen=True):
     """The first worker runs: the time limit begins to count."""
 
 
-@dataclass(frozen=True, slots=True)
-class Warn:
+class Warn(msgspec.Struct, frozen=True):
     """Something went wrong that the job can do without."""
 
     message: str
