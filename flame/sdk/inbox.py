@@ -70,6 +70,7 @@ class Inbox:
         self._on_want = on_want
         self._left: dict[str, End] = {}  # gone, with messages that were not taken yet
         self._waits: list[Wait] = []
+        self._blocked: list[Wait] = []  # those with nothing to take
         self._seq = 0
         self._closed = False
 
@@ -146,7 +147,8 @@ class Inbox:
         """
         with self.condition:
             if not wait.ready and wait.pending:
-                self._on_want(wait.pending)
+                self._blocked.append(wait)
+                self._tell_wanted()
                 try:
                     while not wait.ready:
                         left = None if deadline is None else deadline - time.monotonic()
@@ -154,7 +156,8 @@ class Inbox:
                             return None
                         self.condition.wait(left)
                 finally:
-                    self._on_want(())
+                    self._blocked.remove(wait)
+                    self._tell_wanted()
             if not wait.ready:
                 return None
             end = wait.ready.popleft()
@@ -200,6 +203,10 @@ class Inbox:
         """Take messages in (again)."""
         with self.condition:
             self._closed = False
+
+    def _tell_wanted(self) -> None:
+        blocked = self._blocked
+        self._on_want(blocked[0].pending if len(blocked) == 1 else set().union(*(wait.pending for wait in blocked)))
 
     def _find(self, end: str) -> End:
         return self.present.get(end) or self._left[end]

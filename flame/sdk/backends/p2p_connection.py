@@ -27,7 +27,6 @@ from flame.sdk.backends.base import Frames, Member
 from flame.sdk.backends.p2p_loop import GONE, READ, WRITE, Loop
 from flame.sdk.backends.p2p_memory import SMALL, STALL_SECONDS, Pool, Window
 from flame.sdk.backends.p2p_stream import IOVECS, Broken, Stream
-from flame.sdk.backends.shm import open_segment
 
 if TYPE_CHECKING:
     from flame.sdk.backends.base import Sink
@@ -124,13 +123,16 @@ class Connection:
                 return
             while budget > 0 and not self._held and self.broken is None:
                 if self._target is not None:
+                    wanted = len(self._target) - self._at
                     count = self.stream.receive(self._target[self._at :])
                     self._at += count
                     self.progress = time.monotonic()
-                    if self._at == len(self._target):
+                    if count == wanted:
                         self._complete()
-                    elif not count:
-                        return
+                    else:
+                        self.stream.expect(wanted - count)
+                        if not self.stream.pending:
+                            return
                 else:
                     known = len(self._leftover)
                     self._scratch[:known] = self._leftover
@@ -180,6 +182,7 @@ class Connection:
             return None
         if length <= SMALL:
             data = bytes(body[:length])
+            self._window.arrived(self)
             self._deliver(data, length, None)
             return length
         try:
@@ -239,6 +242,7 @@ class Connection:
             return
         length, pool = len(target), self._pool
         self._window.arrived(self)
+        self.stream.expect(0)
         self._deliver(target, length, lambda: pool.give(memory))
 
     def _deliver(self, data: memoryview | bytes, length: int, give_back: Callable[[], object] | None) -> None:
@@ -263,15 +267,22 @@ class Connection:
         if not self._enter(length):
             return None
         fd = self.stream.fds.pop(0)
+        self.shared.unmap_idle()
+        mappings = self.shared.mappings
         try:
-            view = open_segment(fd, length)
+            view = mappings.open(self, number, fd, length)
         except (OSError, ValueError) as error:
             raise Broken(f"sent a shared segment that cannot be used: {error}") from None
         finally:
             os.close(fd)
         self._window.arrived(self)
         self.say(ACCEPT, number)
-        self._deliver(view, length, lambda: self._loop.call(self.say, RELEASE, number))
+
+        def done() -> None:
+            mappings.done(self, number)
+            self._loop.call(self.say, RELEASE, number)
+
+        self._deliver(view, length, done)
         return 0
 
     def _take_control(self, kind: int, number: int) -> None:
@@ -303,6 +314,8 @@ class Connection:
 
     def say(self, kind: int, number: int = 0) -> None:
         """Send a short record, without waiting; in the loop's thread."""
+        if self.broken is not None:
+            return
         self._control.append(_RECORD.pack(kind, 0, _MAGIC, number, 0))
         self._flush_control()
 
@@ -352,6 +365,8 @@ class Connection:
         with self.credited:
             self.credited.notify_all()
         self.forsake()
+        if self.shared is not None:
+            self.shared.mappings.drop_idle(self)
         self.stream.abort()
         self._close()
         self._on_end(self, reason)

@@ -125,8 +125,10 @@ class Window:
         return False
 
     def arrived(self, receiver: Receiver) -> None:
-        """The message that was let in last for this receiver is complete."""
+        """The message that was let in last for this receiver is complete, and about to be handed to who waits for it."""
         self.reading.pop(receiver, None)
+        if receiver.end in self.wanted:
+            self.wanted = ()  # until somebody waits again
 
     def leave(self, receiver: Receiver, asked: int) -> None:
         """The connection is gone, and with it a message that it waits for room for, or has not read to its end.

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 #: Buffers that are handed to the kernel in one call (at least 16 everywhere; 1024 on Linux).
 IOVECS = 64
+#: A receiver in the middle of a large message is woken for so many bytes, not for each packet.
+LOW_WATER = 256 << 10
 #: File descriptors that are taken in at once.
 FDS = 4
 # A dead host is noticed after KEEP_IDLE + KEEP_COUNT * KEEP_INTERVAL seconds of silence. The kernel of the other host
@@ -40,6 +42,7 @@ class Stream:
         self.sock = sock
         self.local = sock.family not in (socket.AF_INET, socket.AF_INET6)
         self.fds: list[int] = []
+        self._low_water = 1
         if not self.local:
             tune(sock)
 
@@ -63,6 +66,13 @@ class Stream:
         if not count:
             raise Broken("closed the connection")
         return count
+
+    def expect(self, size: int) -> None:
+        """So many bytes of a large message are still to come: do not wake for less than a good part of them."""
+        lowest = max(1, min(size, LOW_WATER)) if not self.local else 1
+        if lowest != self._low_water:
+            self._low_water = lowest
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowest)
 
     def send(self, buffers: Sequence[bytes | memoryview], fd: int | None = None) -> int:
         """Hand bytes to the kernel, as many as it takes now; returns how many.

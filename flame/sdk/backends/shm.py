@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Messages from this size (bytes) on go through a segment; smaller ones are quicker through the socket.
 THRESHOLD = 512 << 10
-#: Segments up to this size stay mapped at the writer between messages.
+#: Segments up to this size stay mapped at the writer, whatever arrives.
 KEEP_MAPPED = 16 << 20
 _PARALLEL = 4 << 20
 _GRAIN = 2 << 20
@@ -59,6 +60,7 @@ class Segment:
             self.close()
             raise
         self.users: set[Connection] = set()
+        self.copying = True
         self.writing = True
         self.tainted = False
         self._mapped: mmap.mmap | None = None
@@ -69,10 +71,9 @@ class Segment:
             self._mapped = mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         return self._mapped
 
-    def written(self) -> None:
-        """Writing is over: a large segment is unmapped, so that it does not count as this process's memory too."""
-        if self.size > KEEP_MAPPED:
-            self._mapped = None
+    def unmap(self) -> None:
+        """Let go of the mapping; :meth:`map` makes another."""
+        self._mapped = None
 
     def close(self) -> None:
         """Let go of it; it lives on while readers have it."""
@@ -88,23 +89,37 @@ class Segments:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
+        self._all: set[Segment] = set()
         self._free: list[Segment] = []
         self._helpers: ThreadPoolExecutor | None = None
         self._closed = False
+        #: The segments of others; here because what is sent and what is received make room for each other.
+        self.mappings = Mappings()
 
     def write(self, frames: Frames) -> Segment:
         """Copy a message into a segment; call :meth:`sent` once it is on its way to its readers.
 
         :raises flame.errors.BackendError: there is no memory for it.
         """
+        if frames.nbytes > KEEP_MAPPED:
+            self.mappings.drop_idle()
         segment = self._take(frames.nbytes)
         try:
             self._copy(segment.map(), [memoryview(frames.head), *frames.buffers])
         except (OSError, ValueError) as error:
-            segment.close()
+            with self._lock:
+                self._end(segment)
             raise BackendError(f"No shared memory for a message of {frames.nbytes} bytes: {error}.") from error
-        segment.written()
+        with self._lock:
+            segment.copying = False
         return segment
+
+    def unmap_idle(self) -> None:
+        """A large message comes in: what was sent before need not count as this process's memory meanwhile."""
+        with self._lock:
+            for segment in self._all:
+                if segment.size > KEEP_MAPPED and not segment.copying:
+                    segment.unmap()
 
     def use(self, segment: Segment, connection: Connection) -> None:
         """``connection`` is about to be told of the segment."""
@@ -129,9 +144,8 @@ class Segments:
         """Free what is not in use; the rest goes with its readers."""
         with self._lock:
             self._closed = True
-            for segment in self._free:
-                segment.close()
-            self._free.clear()
+            while self._free:
+                self._end(self._free.pop())
         if self._helpers is not None:
             self._helpers.shutdown()
 
@@ -141,23 +155,30 @@ class Segments:
             for segment in self._free:
                 if size <= segment.size <= 2 * size:
                     self._free.remove(segment)
-                    segment.writing = True
+                    segment.writing = segment.copying = True
                     return segment
         try:
-            return Segment(next(self._numbers) & 0xFFFFFFFF, size)
+            segment = Segment(next(self._numbers) & 0xFFFFFFFF, size)
         except OSError as error:
             raise BackendError(f"No shared memory for a message of {size} bytes: {error}.") from error
+        with self._lock:
+            self._all.add(segment)
+        return segment
 
     def _retire(self, segment: Segment) -> None:
         """With the lock held: keep the segment for the next message if nobody has it, in place of an older one."""
         if segment.users or segment.writing:
             return
         if segment.tainted or self._closed:
-            segment.close()
+            self._end(segment)
             return
         self._free.append(segment)
         while len(self._free) > 1:
-            self._free.pop(0).close()
+            self._end(self._free.pop(0))
+
+    def _end(self, segment: Segment) -> None:
+        segment.close()
+        self._all.discard(segment)
 
     def _copy(self, memory: mmap.mmap, buffers: Sequence[memoryview]) -> None:
         """Copy the buffers one behind the other, with a second core where there is one and it pays."""
@@ -192,19 +213,65 @@ def _copy_parts(parts: Sequence[tuple[Any, Any]]) -> None:
         target[:] = source  # numpy lets go of the interpreter's lock meanwhile
 
 
-def open_segment(fd: int, length: int) -> memoryview:
-    """A received segment's first ``length`` bytes. Writing to them changes this process's copy alone.
+class Mappings:
+    """The segments of others that this process looks at.
 
-    :raises ValueError: the file is not sealed, or too short: reading it could end this process.
+    The last one that is done with stays mapped, for the next message in it: mapping costs a third of what copying would.
+    That needs a mapping that cannot be written to. numpy keeps to that; PyTorch knows no read-only tensors, and a
+    write would end the process, so where it is loaded each message gets a private mapping of its own.
+
+    :meth:`done` is called from finalizers, so there is no lock here: each step is one operation on a dict.
     """
+
+    def __init__(self) -> None:
+        self._used: dict[tuple[object, int], mmap.mmap] = {}
+        self._idle: dict[tuple[object, int], mmap.mmap] = {}
+
+    def open(self, owner: object, number: int, fd: int, length: int) -> memoryview:
+        """The first ``length`` bytes of a segment.
+
+        :param owner: the connection that it came by.
+        :param fd: its descriptor, which is not needed any more afterwards.
+        :raises ValueError: the file is not sealed, or too short: reading it could end this process.
+        """
+        key = owner, number
+        memory = self._idle.pop(key, None)
+        if memory is None:
+            self._idle.clear()
+            memory = _map(fd, length)
+        elif len(memory) < length:
+            raise ValueError("it is too short")
+        self._used[key] = memory
+        return memoryview(memory)[:length]
+
+    def done(self, owner: object, number: int) -> None:
+        """Nobody looks at it any more."""
+        memory = self._used.pop((owner, number), None)
+        if memory is not None and "torch" not in sys.modules:
+            self._idle.clear()
+            self._idle[owner, number] = memory
+
+    def drop_idle(self, owner: object = None) -> None:
+        """Unmap what nobody looks at; with ``owner``, also forget what came by it."""
+        if owner is None:
+            self._idle.clear()
+            return
+        for mappings in (self._idle, self._used):
+            for key in list(mappings):
+                if key[0] is owner:
+                    mappings.pop(key, None)
+
+
+def _map(fd: int, length: int) -> mmap.mmap:
     import fcntl
 
-    wanted = fcntl.F_SEAL_SHRINK
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
         raise ValueError("it is not a memory file") from error
-    if seals & wanted != wanted or os.fstat(fd).st_size < length:
+    size = os.fstat(fd).st_size
+    if not seals & fcntl.F_SEAL_SHRINK or size < length or not length:
         raise ValueError("it is not sealed, or too short")
-    # Private, so that a write through a tensor library that knows no read-only memory neither faults nor reaches others.
-    return memoryview(mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+    if "torch" in sys.modules:
+        return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
