@@ -33,6 +33,8 @@ from flame.sdk.selectors.base import PROP_ROUND_DURATION, seconds
 
 #: So many of an end's last rounds tell how long it takes.
 HISTORY = 5
+#: What a trainer tells.
+TOLD = ("loss_low", "loss_high", "selected_loss_sum", "selected_len", "epoch_train_duration")
 #: Losses are first measured in batches of this size.
 BATCH = 256
 
@@ -275,11 +277,15 @@ class FedBalancerAggregator(AggregatorSampler):
         """See :meth:`AggregatorSampler.handle_metadata_from_trainer`."""
         if not metadata:
             return
-        self.told.append({key: float(value) for key, value in metadata.items()})
+        try:
+            told = {key: float(metadata[key]) for key in TOLD}
+        except (KeyError, TypeError, ValueError) as error:
+            raise WorkerError(f"What {end} tells of its samples is incomplete: {error}.") from error
+        self.told.append(told)
         whole = seconds(channel.get_end_property(end, PROP_ROUND_DURATION))
         if whole is not None:
             history = self.durations.setdefault(end, [])
-            history.append((whole, float(metadata["epoch_train_duration"])))
+            history.append((whole, told["epoch_train_duration"]))
             del history[:-HISTORY]
 
     def peak(self, ends: Sequence[str], epochs: int) -> float | None:

@@ -81,7 +81,7 @@ class FedDynTerm(QuadraticTerm):
         """See :meth:`Regularizer.finish`."""
         moved = {name: self.strength * (values - self.start[name]) for name, values in trained(weights).items()}
         self.linear = {name: self.linear[name] + each if self.linear else each for name, each in moved.items()}
-        return {}
+        return super().finish(weights, steps, learning_rate)
 
     def state(self) -> dict[str, Array]:
         """See :meth:`Regularizer.state`."""

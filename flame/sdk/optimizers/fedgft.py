@@ -114,7 +114,9 @@ class FedGFTTerm(Regularizer):
 
     def begin(self, weights: Weights, extra: Weights) -> None:
         """See :meth:`Regularizer.begin`."""
-        self.everybody = extra.get(SUMS)
+        self.everybody = (
+            np.array(extra[SUMS]) if SUMS in extra else None
+        )  # a copy: a view would hold all of the message
         self._sums, self._samples, self._measured = np.zeros(4), 0, False
 
     def update_local_bias_params(self, model: Any, train_loader: Iterable[Any]) -> None:

@@ -135,6 +135,8 @@ class ScaffoldTerm(QuadraticTerm):
         for name, server in self.server.items():
             change[name] -= server
         self.variate = {name: self.variate[name] + each if self.variate else each for name, each in change.items()}
+        self.server = {}
+        super().finish(weights, steps, learning_rate)
         return change
 
     def state(self) -> dict[str, Array]:

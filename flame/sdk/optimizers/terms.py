@@ -37,9 +37,15 @@ class QuadraticTerm(Regularizer):
         self._tensors: dict[tuple[str, str], Any] = {}
 
     def begin(self, weights: Weights, extra: Weights) -> None:
-        """See :meth:`Regularizer.begin`. The weights are kept by reference."""
+        """See :meth:`Regularizer.begin`. The weights are kept by reference, until :meth:`finish`."""
         self.start = trained(weights)
         self._tensors.clear()
+
+    def finish(self, weights: Weights, steps: int, learning_rate: float) -> Weights:
+        """See :meth:`Regularizer.finish`. Lets go of the global model: it may be a message's memory that is wanted again."""
+        self.start = {}
+        self._tensors.clear()
+        return {}
 
     def gradient(self, weights: Weights) -> Weights:
         """See :meth:`Regularizer.gradient`."""

@@ -18,16 +18,19 @@ import math
 import time
 from typing import Any, NamedTuple
 
-from flame.errors import DeadlineExceeded, RoundFailed, WorkerError
-from flame.sdk import modelfile, optimizers, registries
+from flame.errors import DeadlineExceeded, RoundFailed, SpecError, WorkerError
+from flame.sdk import datasamplers, modelfile, optimizers, privacy, registries
 from flame.sdk.channel import VAL_CH_STATE_SEND, Channel
 from flame.sdk.codec import Message
+from flame.sdk.datasamplers.base import AggregatorSampler
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.optimizers.base import Optimizer, Update
+from flame.sdk.privacy.base import Privacy
 from flame.sdk.registries.base import Registry
+from flame.sdk.selectors.base import PROP_ROUND_DURATION, PROP_STAT_UTILITY
 from flame.sdk.weights import as_arrays, get_weights, set_weights
 
 log = logging.getLogger(__name__)
@@ -89,6 +92,8 @@ class TopAggregator(Role):
     registry_client: Registry
     _rounds: int = 1
     _optimizer: Optimizer
+    _datasampler: AggregatorSampler
+    _privacy: Privacy
     _outgoing: dict[Any, Any] | None = None
     _tally: _Tally
     _started: float = 0.0
@@ -100,6 +105,11 @@ class TopAggregator(Role):
         super().internal_init()
         self._rounds = int(self.config.hyperparameters.rounds)
         self._optimizer = optimizers.make(self.config.optimizer.sort, self.config.optimizer.kwargs)
+        chosen = self.config.datasampler
+        self._datasampler = datasamplers.make(chosen.sort, chosen.kwargs).aggregator_data_sampler
+        self._privacy = privacy.make(self.config.privacy.sort, self.config.privacy.kwargs)
+        if not self._privacy.affords():
+            raise SpecError("The privacy's budget is less than one round costs: raise it, or the noise.", "privacy")
         self._met = False
         self.registry_client = registries.open_registry(self.config, self.link)
         self.registry_client.save_params(self.config.hyperparameters.dict())
@@ -154,6 +164,9 @@ class TopAggregator(Role):
         if extra:
             self._outgoing[MessageType.EXTRA] = extra
         chosen = self._choose(channel)
+        told = self._datasampler.get_metadata(self._round, chosen)
+        if told:
+            self._outgoing[MessageType.DATASAMPLER_METADATA] = told
         over = 1.0 if self.config.policy.deterministic else self.config.policy.over_selection
         self._tally.target = max(math.ceil(len(chosen) / over), min(self.config.policy.min_trainers, len(chosen)))
         self._give(channel, chosen)
@@ -230,6 +243,8 @@ class TopAggregator(Role):
             log.info("Round %d goes on without %s.", self._round, end)
         self._outgoing = None
         set_weights(self.model, self._optimizer.finish())
+        self._privacy.step()
+        self.update_metrics(self._privacy.metrics())
 
     def _collect(self, channel: Channel, tally: _Tally) -> None:
         """Fold updates in as they arrive, until enough are here, or nobody is waited for, or the time is over."""
@@ -276,6 +291,7 @@ class TopAggregator(Role):
             return
         tally.pending.discard(end)
         try:
+            self._note(channel, end, message)
             update = self._update(end, message)
             if update.count > 0:
                 self._optimizer.fold(update)
@@ -283,6 +299,16 @@ class TopAggregator(Role):
         except WorkerError as error:
             tally.refused[end] = error.message
             self.link.warning(f"Round {self._round}: {error.message}")
+
+    def _note(self, channel: Channel, end: str, message: Message) -> None:
+        """Keep what selectors and the datasampler want to know of an end."""
+        channel.set_end_property(end, PROP_ROUND_DURATION, time.monotonic() - self._started)
+        utility = message.get(MessageType.STAT_UTILITY)
+        if isinstance(utility, int | float):
+            channel.set_end_property(end, PROP_STAT_UTILITY, float(utility))
+        told = message.get(MessageType.DATASAMPLER_METADATA)
+        if isinstance(told, dict):
+            self._datasampler.handle_metadata_from_trainer(told, end, channel)
 
     def _is_current(self, message: Message) -> bool:
         """Whether a message answers what this process has given out in this round."""
@@ -349,6 +375,9 @@ class TopAggregator(Role):
         """Go on to the next round; the work is done after the last one."""
         self._round += 1
         self._work_done = self._round > self._rounds
+        if not self._work_done and not self._privacy.affords():
+            self._work_done = True
+            self.link.warning(f"The work ends before round {self._round}, which would exceed the privacy's budget.")
 
     def inform_end_of_training(self) -> None:
         """Tell all trainers that the work is done."""

@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from flame.errors import EndLeft, WorkerError
-from flame.sdk import optimizers
+from flame.sdk import datasamplers, optimizers, privacy
 from flame.sdk.channel import VAL_CH_STATE_RECV, Channel
 from flame.sdk.codec import Message
+from flame.sdk.datasamplers.base import TrainerSampler
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.optimizers.base import Regularizer, difference
+from flame.sdk.privacy.base import Privacy
 from flame.sdk.weights import as_arrays, get_weights, set_weights
 
 log = logging.getLogger(__name__)
@@ -36,12 +38,17 @@ class Trainer(Role):
     and ``evaluate``; ``self.regularizer.get_term(...)`` is the optimizer's term for the local loss.
 
     :ivar dataset_size: how many samples were trained on; the weight of this update in the mean. With 0 it counts nothing.
+    :ivar datasampler: chooses the samples of a round: ``self.datasampler.sample(...)``.
+    :ivar stat_utility: how useful this trainer's data are, for the selector oort; None: the datasampler may know.
     :ivar local_steps: how many steps of local SGD a round makes, for the algorithms that need to know (scaffold ...).
     """
 
     dataset_size: int
     local_steps: int = 1
     regularizer: Regularizer
+    datasampler: TrainerSampler
+    privacy: Privacy
+    stat_utility: float | None = None
     _source: str | None = None
     _source_attempt: int = 1
     _sends_differences: bool = False
@@ -53,6 +60,9 @@ class Trainer(Role):
         optimizer = optimizers.make(self.config.optimizer.sort, self.config.optimizer.kwargs)
         self.regularizer = optimizer.regularizer()
         self._sends_differences = optimizer.differences
+        chosen = self.config.datasampler
+        self.datasampler = datasamplers.make(chosen.sort, chosen.kwargs).trainer_data_sampler
+        self.privacy = privacy.make(self.config.privacy.sort, self.config.privacy.kwargs)
         self._source = None
 
     @abstractmethod
@@ -78,7 +88,10 @@ class Trainer(Role):
         self._source_attempt = message.attempt
         weights = as_arrays(message[MessageType.WEIGHTS])
         set_weights(self.model, weights)
-        self._start = weights if self._sends_differences else None
+        self._start = weights if self._sends_differences or self.privacy.sort != "default" else None
+        told = message.get(MessageType.DATASAMPLER_METADATA)
+        if told:
+            self.datasampler.handle_metadata_from_aggregator(told)
         self.regularizer.begin(weights, as_arrays(message.get(MessageType.EXTRA, {})))
 
     def _newest(self, channel: Channel) -> Message:
@@ -99,16 +112,24 @@ class Trainer(Role):
 
     def _send_weights(self, tag: str) -> None:
         channel = self.channel(tag)
-        weights = get_weights(self.model)
+        weights: Mapping[str, Any] = get_weights(self.model)
         extra = self.regularizer.finish(weights, *self._training())
+        if self._start is not None:
+            weights = self._disguised(weights, self._start, extra)
+            self._start = None  # the received model's memory is wanted again
         message: dict[Any, Any] = {
-            MessageType.WEIGHTS: weights if self._start is None else difference(weights, self._start),
+            MessageType.WEIGHTS: weights,
             MessageType.DATASET_SIZE: self._count(),
             MessageType.MODEL_VERSION: self._round,
             MessageType.ROUND: self._round,
         }
-        if extra:
-            message[MessageType.EXTRA] = extra
+        utility = getattr(self.datasampler, "stat_utility", None) if self.stat_utility is None else self.stat_utility
+        further = {
+            MessageType.EXTRA: extra,
+            MessageType.STAT_UTILITY: utility,
+            MessageType.DATASAMPLER_METADATA: self.datasampler.get_metadata(),
+        }
+        message |= {key: value for key, value in further.items() if value}
         channel.set_property("round", self._round)
         assert self._source is not None  # upload follows fetch
         try:
@@ -116,6 +137,18 @@ class Trainer(Role):
             channel.send(self._source, message, kind="update", metadata={"of": self._source_attempt})
         except EndLeft as error:
             log.info("The update of round %d is lost: %s", self._round, error)
+
+    def _disguised(
+        self, weights: Mapping[str, Any], start: Mapping[str, Any], extra: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The update as it leaves: private if the job says so, and as a difference if the optimizer wants one."""
+        if extra and self.privacy.sort != "default":
+            raise WorkerError(
+                f"The privacy {self.privacy.sort!r} does not cover the further arrays that the optimizer "
+                f"{self.config.optimizer.sort!r} sends ({min(extra)} ...): choose another optimizer."
+            )
+        weights = self.privacy.apply(weights, start)
+        return difference(weights, start) if self._sends_differences else weights
 
     def _training(self) -> tuple[int, float]:
         """Local steps and learning rate of this round, for algorithms that need them."""
