@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main(arguments: list[str]) -> int:
     """Run a script; gives the status to exit with."""
-    _die_with_parent()
+    die_with_parent()
     _calm_thread_pools()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> None:
     exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102 (running the user's script is the task)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to kill this process when the flamelet dies; and look whether it has died already."""
     parent = os.environ.pop("FLAME_PARENT_PID", None)
     if parent is None:

@@ -16,7 +16,7 @@ CHANNEL = {
 }
 
 
-def config(role, number=0, *, job="job", rounds=3, trainers=2, backend="inproc", registry="dummy", **more):
+def config(role, number=0, *, job="job", rounds=3, trainers=2, backend="inproc", **more):
     raw = {
         "taskid": f"{role}-{number}-{job}",
         "role": role,
@@ -28,7 +28,7 @@ def config(role, number=0, *, job="job", rounds=3, trainers=2, backend="inproc",
         "groupAssociation": {"param-channel": "default"},
         "dataset": f"file:///{number}" if role == "trainer" else "",
         "hyperparameters": {"rounds": rounds},
-        "registry": {"sort": registry, "uri": ""},
+        "registry": {"sort": "dummy", "uri": ""},
         "peers": {"param-channel": trainers if role == "aggregator" else 1},
         "schema": "central",
     }
