@@ -214,7 +214,9 @@ def _parts(written: str, name: str) -> tuple[str, ...]:
         raise SpecError("an absolute path would leave the bundle's folder.", where)
     if any(part in ("", ".", "..") for part in parts):
         raise SpecError("this path would leave the bundle's folder, or names no file.", where)
-    if len(parts) > MAX_DEPTH or any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts):
+    if any("\ud800" <= letter <= "\udfff" for letter in written):
+        raise SpecError("a name that is no UTF-8 cannot be packed.", where)
+    if len(parts) > MAX_DEPTH or any(len(part.encode()) > 255 for part in parts):
         raise SpecError("this path is too long or too deep.", where)
     return tuple(parts)
 
@@ -251,7 +253,11 @@ def _from_folder(folder: Path, roles: Collection[str] | None, name: str) -> dict
             if _skipped(one) or one.endswith((".pyc", ".pyo")):
                 continue
             where = _inside(name, at, one)
-            if not path.resolve().is_relative_to(root):
+            try:
+                inside = path.resolve().is_relative_to(root)
+            except RuntimeError:
+                inside = False  # a loop of links
+            if not inside:
                 raise SpecError("this link leads out of the code's folder; put the file itself here.", where)
             if not path.is_file():
                 raise SpecError("this is no plain file, and cannot be packed.", where)

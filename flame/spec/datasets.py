@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from flame.errors import SpecError
 from flame.spec.nouns import Schema
 from flame.spec.places import Path, Places
+from flame.spec.read import reach
 from flame.spec.shape import describe, listing
 from flame.spec.topology import associations
 
@@ -48,11 +49,9 @@ def locate(url: str, base: FilePath, where: str) -> str:
     scheme = urlsplit(url).scheme if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url) else ""
     if scheme or not url.strip():
         return url
-    path = FilePath(url).expanduser() if url.startswith("~") else FilePath(url)
-    if not path.is_absolute():
-        path = (base / path).resolve()
-        if not path.exists():
-            raise SpecError(f"there is no file {url!r} in {base}; give a path that exists, or a URL.", where)
+    path = reach(base, url, where)
+    if not FilePath(url).is_absolute() and not path.exists():
+        raise SpecError(f"there is no file {url!r} in {base}; give a path that exists, or a URL.", where)
     return str(path)
 
 

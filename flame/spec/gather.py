@@ -7,11 +7,11 @@ import re
 from pathlib import Path as FilePath
 from typing import Any
 
-from flame.errors import SpecError
+from flame.errors import FlameError, SpecError
 from flame.spec import datasets, normal
 from flame.spec.nouns import Dataset, Schema
 from flame.spec.places import Path, Places
-from flame.spec.read import SUFFIXES, read
+from flame.spec.read import SUFFIXES, files_in, reach, read
 from flame.spec.shape import describe, shape
 
 #: Largest .json or .yaml file that is opened to see whether it describes a dataset or is the data.
@@ -21,9 +21,7 @@ _PEEK = 1 << 20
 def dataset_files(folder: FilePath) -> list[FilePath]:
     """The files ``dataset*.json`` and ``dataset*.yaml`` of a folder, in natural order."""
     found = [
-        file
-        for file in folder.iterdir()
-        if file.name.lower().startswith("dataset") and file.suffix.lower() in SUFFIXES and file.is_file()
+        file for file in files_in(folder) if file.name.lower().startswith("dataset") and file.suffix.lower() in SUFFIXES
     ]
     return sorted(found, key=lambda file: datasets.natural(file.name))
 
@@ -61,7 +59,7 @@ class Brought:
             inside = (*path, index)
             where = self.places.where(*inside)
             if isinstance(item, str):
-                file = self.folder / item
+                file = reach(self.folder, item, where)
                 if _describes_dataset(file):
                     self.local.append(self._described(file))
                     continue
@@ -129,6 +127,6 @@ def _describes_dataset(file: FilePath) -> bool:
         if file.suffix.lower() not in SUFFIXES or not file.is_file() or file.stat().st_size > _PEEK:
             return False
         data = read(file)
-    except (OSError, ValueError, SpecError):
+    except (OSError, FlameError):
         return False
     return isinstance(data, dict) and isinstance(data.get("url"), str)

@@ -25,7 +25,7 @@ from flame.spec.nouns import Dataset, JobForm, Name, Schema
 from flame.spec.nouns import Form as _Form
 from flame.spec.override import apply_overrides, split
 from flame.spec.places import Places
-from flame.spec.read import SUFFIXES, parse, read, read_noun
+from flame.spec.read import SUFFIXES, files_in, parse, reach, read, read_noun
 from flame.spec.shape import describe, listing, shape, suggestion
 
 __all__ = [
@@ -79,7 +79,7 @@ def load_job(path: str | FilePath, overrides: Iterable[str] = (), *, registered:
     :raises flame.errors.UsageError: a file is not there or cannot be read; an override leads nowhere.
     :raises flame.errors.SpecError: the job says something that cannot be.
     """
-    return _Loader(FilePath(path).expanduser(), list(overrides), registered).load()
+    return _Loader(reach(FilePath.cwd(), str(path), str(path)), str(path), list(overrides), registered).load()
 
 
 def load_schema(source: str | FilePath) -> Schema:
@@ -99,14 +99,14 @@ def load_dataset(source: str | FilePath) -> Dataset:
 
 def load_datasets(source: str | FilePath) -> list[Dataset]:
     """Read datasets: a file with one or with a list, a folder with ``dataset*`` files, or standard input."""
-    path = FilePath(source).expanduser()
+    path = reach(FilePath.cwd(), str(source), str(source))
     if str(source) != "-" and path.is_dir():
         files = dataset_files(path)
         if not files:
             raise UsageError(f"{source}: there is no dataset*.json or dataset*.yaml in this folder.")
         return [dataset for file in files for dataset in load_datasets(file)]
     data, name = read_noun(source)
-    base = FilePath.cwd() if str(source) == "-" else path.resolve().parent
+    base = path.parent
     several = isinstance(data, list)
     found: list[Dataset] = []
     for index, one in enumerate(data if several else [data]):
@@ -129,9 +129,9 @@ def load_design(source: str | FilePath) -> DesignForm:
 class _Loader:
     """The state of reading one JOB: what was read so far, where, and what is to be told."""
 
-    def __init__(self, path: FilePath, overrides: list[str], registered: Collection[str]) -> None:
-        self.file = self._job_file(path)
-        self.folder = self.file.resolve().parent
+    def __init__(self, path: FilePath, written: str, overrides: list[str], registered: Collection[str]) -> None:
+        self.file = self._job_file(path, written)
+        self.folder = self.file.parent
         self.places = Places({(): (self.file.name, ())})
         self.notes: list[str] = []
         self.registered = registered
@@ -140,18 +140,18 @@ class _Loader:
         self.exchanged: dict[str, FilePath] = {}
 
     @staticmethod
-    def _job_file(path: FilePath) -> FilePath:
+    def _job_file(path: FilePath, written: str) -> FilePath:
         if path.is_dir():
             found = [path / f"job{suffix}" for suffix in SUFFIXES if (path / f"job{suffix}").is_file()]
             if len(found) > 1:
                 raise UsageError(
-                    f"{path}: there are {listing(file.name for file in found)}; name the one that is meant."
+                    f"{written}: there are {listing(file.name for file in found)}; name the one that is meant."
                 )
             if not found:
-                raise UsageError(f"{path}: there is no job.yaml or job.json in this folder.")
+                raise UsageError(f"{written}: there is no job.yaml or job.json in this folder.")
             return found[0]
         if not path.exists():
-            raise UsageError(f"{path}: there is no such job folder or job file.")
+            raise UsageError(f"{written}: there is no such job folder or job file.")
         return path
 
     def load(self) -> JobBundle:
@@ -198,7 +198,7 @@ class _Loader:
                 and steps[0] in _BY_PATH
                 and isinstance(parse(value, f"--set {override}", json_only=False), str)
             ):
-                self.exchanged[steps[0]] = FilePath(value.strip()).expanduser().resolve()
+                self.exchanged[steps[0]] = reach(FilePath.cwd(), value.strip(), f"--set {override}")
             else:
                 kept.append(override)
         self.overrides = kept
@@ -228,7 +228,7 @@ class _Loader:
             if value is not None and not isinstance(value, str):
                 return value, None
             if isinstance(value, str):
-                path = self.folder / FilePath(value).expanduser()
+                path = reach(self.folder, value, self.places.where(key))
             else:
                 found = [
                     self.folder / f"{key}{suffix}" for suffix in SUFFIXES if (self.folder / f"{key}{suffix}").is_file()
@@ -297,8 +297,8 @@ class _Loader:
                 raise SpecError(
                     f"must be the path of a folder or a zip, not {describe(value)}.", self.places.where("code")
                 )
-            return self.folder / FilePath(value).expanduser()
-        zips = sorted(file for file in self.folder.iterdir() if file.suffix.lower() == ".zip" and file.is_file())
+            return reach(self.folder, value, self.places.where("code"))
+        zips = [file for file in files_in(self.folder) if file.suffix.lower() == ".zip"]
         if len(zips) > 1:
             raise SpecError(
                 f"there are several zips ({listing(file.name for file in zips)}); say which by the key code.",

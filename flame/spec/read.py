@@ -203,9 +203,35 @@ def read(path: FilePath, name: str | None = None) -> Any:
     return parse(content, name or str(path))
 
 
+def reach(base: FilePath, written: str, where: str) -> FilePath:
+    """The absolute path that a file or a command line means; it need not exist.
+
+    :param base: where relative paths begin. ``~`` is the home directory.
+    :raises flame.errors.SpecError: it cannot be a path: too long, a loop of links, nobody's home.
+    """
+    try:
+        path = (base / FilePath(written).expanduser()).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SpecError(
+            f"{written!r} cannot be used as a path: {getattr(error, 'strerror', None) or error}.", where
+        ) from error
+    return path
+
+
+def files_in(folder: FilePath) -> list[FilePath]:
+    """The files of a folder, by name.
+
+    :raises flame.errors.UsageError: it cannot be listed.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror or error}.") from error
+
+
 def read_noun(source: str | FilePath) -> tuple[Any, str]:
     """Read a file, or standard input when ``source`` is ``-``; gives the data and the name for complaints."""
     if str(source) == "-":
         return parse(sys.stdin.buffer.read(MAX_BYTES + 1), "standard input"), "standard input"
-    path = FilePath(source).expanduser()
-    return read(path), str(source)
+    return read(reach(FilePath.cwd(), str(source), str(source)), str(source)), str(source)

@@ -115,6 +115,14 @@ def test_what_cannot_be_packed_says_so(code: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"code: trainer/link.py: this link leads out of the code's folder"):
         bundle.pack(code, name="code")
     (code / "trainer" / "link.py").unlink()
+    (code / "trainer" / "link.py").symlink_to(code / "trainer" / "link.py")
+    with pytest.raises(SpecError, match=r"trainer/link.py: this link leads out of the code's folder"):
+        bundle.pack(code)
+    (code / "trainer" / "link.py").unlink()
+    Path(os.fsdecode(os.fsencode(code / "trainer") + b"/\xff.py")).write_text("x")
+    with pytest.raises(SpecError, match=r"a name that is no UTF-8 cannot be packed"):
+        bundle.pack(code)
+    Path(os.fsdecode(os.fsencode(code / "trainer") + b"/\xff.py")).unlink()
     (code / "trainer" / "lib2").symlink_to(code / "trainer" / "lib")
     with pytest.raises(SpecError, match="a link to a folder cannot be packed"):
         bundle.pack(code)

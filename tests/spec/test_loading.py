@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -441,6 +442,22 @@ def test_what_is_no_job_says_so(tmp_path: Path, flame_folder: Flame) -> None:
     with pytest.raises(UsageError, match=r"there are 'job.json' and 'job.yaml'; name the one that is meant"):
         load_job(folder)
     assert load_job(folder / "job.json").form.name == "mnist"
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "~nobody-of-this-name/x", "loop"])
+def test_a_path_that_cannot_be_one_is_a_sentence(path: str, short: Path) -> None:
+    (short / "loop").symlink_to(short / "loop")
+    where = (short / path) if path == "loop" else path
+    with pytest.raises((SpecError, UsageError)):
+        load_job(where)
+    for key in ("schema", "code", "modelSpec", "dataSpec"):
+        document = yaml.safe_load(SHORT) | {key: path}
+        (short / "job.yaml").write_text(json.dumps(document))
+        with pytest.raises((SpecError, UsageError)):
+            load_job(short)
+    (short / "job.yaml").write_text(json.dumps(yaml.safe_load(SHORT) | {"datasets": [path]}))
+    with pytest.raises(SpecError, match=r"^job.yaml: datasets\[0\]: "):
+        load_job(short)
 
 
 # --- single nouns
