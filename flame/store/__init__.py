@@ -20,9 +20,11 @@ def open_store(url: str, data_dir: Path) -> Store:
     """Open the state that ``url`` names, and make or migrate its database where that is needed.
 
     :param url: ``sqlite:///PATH``: a file; a relative path (``sqlite:///flame.db``) lies in ``data_dir``, an
-        absolute one has four slashes (``sqlite:////var/lib/flame.db``).
+        absolute one has four slashes (``sqlite:////var/lib/flame.db``). Or ``mongodb://HOST[:PORT]/DATABASE``, whose
+        server is looked for at the first use, so this call does not wait for it.
     :param data_dir: the server's data directory; what a database does not hold itself (bundles) is kept there.
     :raises flame.errors.UsageError: the URL is not one of these.
+    :raises flame.errors.MissingExtra: MongoDB's driver is not installed.
     :raises flame.errors.StoreError: the database cannot be opened, or a newer Flame wrote it.
     """
     scheme, separator, rest = url.partition("://")
@@ -34,4 +36,8 @@ def open_store(url: str, data_dir: Path) -> Store:
         from flame.store.sqlite import SqliteStore
 
         return SqliteStore(data_dir / rest[1:], bundles=data_dir / "bundles")
-    raise UsageError(f"The database {url!r} is of no known kind; 'sqlite:///PATH' is.")
+    if scheme in ("mongodb", "mongodb+srv"):
+        from flame.store.mongodb import MongoStore
+
+        return MongoStore(url)
+    raise UsageError(f"The database {url!r} is of no known kind; 'sqlite:///PATH' and 'mongodb://HOST/DATABASE' are.")

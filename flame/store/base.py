@@ -9,7 +9,7 @@ crash in between leaves something that a restart can finish.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from flame.spec.records import Event
@@ -21,6 +21,30 @@ class Document(NamedTuple):
     id: str
     version: int
     body: dict[str, Any]
+
+
+class KeptDocument(NamedTuple):
+    """A document as :meth:`Store.dump` gives it, with its collection and its unique keys."""
+
+    collection: str
+    document: Document
+    keys: Sequence[str]
+
+
+class KeptEvents(NamedTuple):
+    """Events of one stream that follow on each other, as :meth:`Store.dump` gives them."""
+
+    stream: str
+    events: Sequence[Event]
+
+
+class KeptBundle(NamedTuple):
+    """A bundle as :meth:`Store.dump` gives it."""
+
+    data: bytes
+
+
+Kept = KeptDocument | KeptEvents | KeptBundle
 
 
 class Store(abc.ABC):
@@ -88,6 +112,17 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def delete_bundle(self, digest: str) -> bool:
         """Remove a bundle; False if there was none."""
+
+    @abc.abstractmethod
+    def dump(self) -> AsyncIterator[Kept]:
+        """Everything that is kept: documents, events (each stream's in order), bundles. For a store that nobody changes meanwhile."""
+
+    @abc.abstractmethod
+    async def load(self, kept: Kept) -> None:
+        """Keep something that another store's :meth:`dump` gave, with its version, or its numbers and times.
+
+        :raises flame.errors.Conflict: a document or an event is in its place already.
+        """
 
     @abc.abstractmethod
     async def close(self) -> None:

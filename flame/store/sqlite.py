@@ -13,12 +13,9 @@ of its own, and never wait for the writer.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import re
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +23,16 @@ import msgspec
 
 from flame.errors import Conflict, StoreError
 from flame.spec.records import Event
-from flame.store.base import Document, Store
+from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, Store
 from flame.store.bundles import BundleFiles
+from flame.store.connection import connect, explain
 from flame.store.lane import Call, Lane
 from flame.store.migrations import MIGRATIONS, migrate
+from flame.store.text import check_field, to_text
 
 #: Fields of a body that are kept in columns of their own, with an index, because lists are filtered by them.
 _COLUMNS = {"jobId": "job_id", "state": "state"}
-_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_BUSY_SECONDS = 5.0
+_ADD = "INSERT INTO events (stream, seq, time, type, data) VALUES (?, ?, ?, ?, ?)"
 _READERS = 2
 
 
@@ -50,50 +48,24 @@ class SqliteStore(Store):
         self._path = path
         connections: list[sqlite3.Connection] = []
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Made here for its mode, which what SQLite puts beside it takes over. A file that is there must not
-            # be touched: closing it would end the locks that another store in this process has on it.
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            connections.append(_connect(path))
+            connections.append(connect(path))
             migrate(connections[0], MIGRATIONS, path)
             for _ in range(_READERS):
-                connections.append(_connect(path))
+                connections.append(connect(path))
                 connections[-1].execute("PRAGMA query_only = 1")
         except (sqlite3.Error, OSError, StoreError) as error:
             for connection in connections:
                 connection.close()
-            if isinstance(error, StoreError):
-                raise
-            raise _explain(error, path) from error
+            raise explain(error, path) from error
         self._bundles = BundleFiles(bundles)
         self._write = Lane("store-writer", connections[:1], self._commit, batch=1000)
         self._query = Lane("store-reader", connections[1:], self._answer, batch=16)
 
     async def insert(self, collection: str, id: str, body: dict[str, Any], *, keys: Sequence[str] = ()) -> Document:
         """See the base class. A refused insert changes nothing and disturbs nobody in its batch."""
-        row = (collection, id, *_row(collection, id, body))
-
-        def operation(db: sqlite3.Connection) -> None:
-            # Everything that may be refused is asked before the first change, so a refusal leaves nothing behind.
-            for key in keys:
-                owner = db.execute("SELECT id FROM keys WHERE collection = ? AND key = ?", (collection, key)).fetchone()
-                if owner:
-                    raise Conflict(f"{key.replace(':', ' ', 1)} is taken in {collection}: by {owner[0]}.")
-            done = db.execute(
-                "INSERT INTO documents (collection, id, version, body, job_id, state) VALUES (?, ?, 1, ?, ?, ?)"
-                " ON CONFLICT DO NOTHING",
-                row,
-            )
-            if not done.rowcount:
-                raise Conflict(f"{id} is there already in {collection}.")
-            if keys:
-                db.executemany(
-                    "INSERT INTO keys VALUES (?, ?, ?)", [(collection, key, id) for key in dict.fromkeys(keys)]
-                )
-
-        await self._write(operation)
-        return Document(id, 1, body)
+        document = Document(id, 1, body)
+        await self._insert(KeptDocument(collection, document, keys))
+        return document
 
     async def get(self, collection: str, id: str) -> Document | None:
         """See the base class. Sees every write that has returned, from whichever coroutine."""
@@ -139,9 +111,7 @@ class SqliteStore(Store):
         """See the base class. ``jobId`` and ``state`` have indexes; other fields are looked for row by row."""
         conditions, values = ["collection = ?"], [collection]
         for field, value in (where or {}).items():
-            if not _FIELD.fullmatch(field):
-                raise StoreError(f"Lists cannot be filtered by {field!r}, only by a field's name.")
-            column = _COLUMNS.get(field, f"json_extract(body, '$.{field}')")
+            column = _COLUMNS.get(field, f"json_extract(body, '$.{check_field(field)}')")
             conditions.append(f"{column} = ?")
             values.append(value)
         if after is not None:
@@ -155,15 +125,11 @@ class SqliteStore(Store):
 
     async def append(self, stream: str, entries: Sequence[tuple[str, dict[str, Any]]]) -> list[Event]:
         """See the base class. Numbered in the write transaction, so in the order of the commits."""
-        rows = [(kind, _json(f"An event of {stream}", data)) for kind, data in entries]
+        rows = [(kind, to_text(f"An event of {stream}", data)) for kind, data in entries]
 
         def operation(db: sqlite3.Connection) -> tuple[int, float]:
-            now = time.time()
-            last: int = db.execute("SELECT max(seq) FROM events WHERE stream = ?", (stream,)).fetchone()[0] or 0
-            db.executemany(
-                "INSERT INTO events (stream, seq, time, type, data) VALUES (?, ?, ?, ?, ?)",
-                [(stream, last + count, now, kind, data) for count, (kind, data) in enumerate(rows, 1)],
-            )
+            now, last = time.time(), _last(db, stream)
+            db.executemany(_ADD, [(stream, last + count, now, *row) for count, row in enumerate(rows, 1)])
             return last, now
 
         last, now = await self._write(operation)
@@ -201,10 +167,61 @@ class SqliteStore(Store):
         """See the base class."""
         return await asyncio.to_thread(self._bundles.delete, digest)
 
+    async def dump(self) -> AsyncIterator[Kept]:
+        """See the base class."""
+        for name in await self._all("SELECT collection, id FROM documents ORDER BY collection, id"):
+            keys = await self._all("SELECT key FROM keys WHERE collection = ? AND id = ?", *name)
+            if document := await self.get(*name):
+                yield KeptDocument(name[0], document, [key for (key,) in keys])
+        for (stream,) in await self._all("SELECT DISTINCT stream FROM events ORDER BY stream"):
+            after = 0
+            while events := await self.read(stream, after=after):
+                yield KeptEvents(stream, events)
+                after = events[-1].seq
+        for digest in await asyncio.to_thread(self._bundles.digests):
+            data = await self.get_bundle(digest)
+            if data is not None:
+                yield KeptBundle(data)
+
+    async def load(self, kept: Kept) -> None:
+        """See the base class."""
+        if isinstance(kept, KeptDocument):
+            await self._insert(kept)
+        elif isinstance(kept, KeptEvents):
+            await self._write(lambda db: _load_events(db, kept))
+        else:
+            await self.put_bundle(kept.data)
+
     async def close(self) -> None:
         """See the base class. What was queued is still served; later calls raise."""
         await asyncio.to_thread(self._query.close)
         await asyncio.to_thread(self._write.close)  # last: the last connection to go folds the log into the file
+
+    async def _insert(self, kept: KeptDocument) -> None:
+        collection, document, keys = kept
+        row = (collection, *document[:2], *_row(collection, document.id, document.body))
+
+        def operation(db: sqlite3.Connection) -> None:
+            # Everything that may be refused is asked before the first change, so a refusal leaves nothing behind.
+            for key in keys:
+                owner = db.execute("SELECT id FROM keys WHERE collection = ? AND key = ?", (collection, key)).fetchone()
+                if owner:
+                    raise Conflict(f"{key.replace(':', ' ', 1)} is taken in {collection}: by {owner[0]}.")
+            done = db.execute(
+                "INSERT INTO documents (collection, id, version, body, job_id, state) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT DO NOTHING",
+                row,
+            )
+            if not done.rowcount:
+                raise Conflict(f"{document.id} is there already in {collection}.")
+            if keys:
+                rows = [(collection, key, document.id) for key in dict.fromkeys(keys)]
+                db.executemany("INSERT INTO keys (collection, key, id) VALUES (?, ?, ?)", rows)
+
+        await self._write(operation)
+
+    async def _all(self, sql: str, *values: str) -> list[tuple[str, ...]]:
+        return await self._query(lambda db: db.execute(sql, values).fetchall())
 
     def _commit(self, db: sqlite3.Connection, calls: Sequence[Call]) -> None:
         """Serve a batch as one transaction. Where one operation spoils it, each is tried alone: only that one fails."""
@@ -221,7 +238,7 @@ class SqliteStore(Store):
                 db.execute("ROLLBACK")
             if len(calls) == 1 or isinstance(error, sqlite3.OperationalError):  # the database's fault, not a call's
                 for call in calls:
-                    call.error = _explain(error, self._path)
+                    call.error = explain(error, self._path)
             else:
                 for call in calls:
                     call.error = None
@@ -232,57 +249,27 @@ class SqliteStore(Store):
             try:
                 call.result = call.operation(db)
             except Exception as error:
-                call.error = _explain(error, self._path)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # No implicit transactions: they are begun and ended by _commit() alone.
-    db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            return db
-        except sqlite3.Error as error:
-            # Two processes that make a database WAL at the same time are refused at once, whatever the timeout.
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                db.close()
-                raise
-        time.sleep(0.01)
-
-
-def _json(what: str, body: dict[str, Any]) -> str:
-    try:
-        return msgspec.json.encode(body).decode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"{what} cannot be stored, since it is no JSON: {error}.") from error
+                call.error = explain(error, self._path)
 
 
 def _row(collection: str, id: str, body: dict[str, Any]) -> tuple[str, str | None, str | None]:
     job, state = (value if isinstance(value := body.get(field), str) else None for field in _COLUMNS)
-    return _json(f"{id} of {collection}", body), job, state
+    return to_text(f"{id} of {collection}", body), job, state
+
+
+def _last(db: sqlite3.Connection, stream: str) -> int:
+    last: int | None = db.execute("SELECT max(seq) FROM events WHERE stream = ?", (stream,)).fetchone()[0]
+    return last or 0
+
+
+def _load_events(db: sqlite3.Connection, kept: KeptEvents) -> None:
+    if [event.seq for event in kept.events] != list(
+        range(begin := _last(db, kept.stream) + 1, begin + len(kept.events))
+    ):
+        raise Conflict(f"The stream {kept.stream} has other events already.")
+    rows = [(event.seq, event.time, event.type, to_text("An event", event.data)) for event in kept.events]
+    db.executemany(_ADD, [(kept.stream, *row) for row in rows])
 
 
 def _document(row: tuple[str, int, str]) -> Document:
     return Document(row[0], row[1], msgspec.json.decode(row[2]))
-
-
-_CAUSES = {
-    sqlite3.SQLITE_BUSY: "another process is using it. End that one, or choose another data directory",
-    sqlite3.SQLITE_LOCKED: "another process is using it. End that one, or choose another data directory",
-    sqlite3.SQLITE_FULL: "the disk is full. Free some space and try again",
-    sqlite3.SQLITE_READONLY: "it is read-only for this user. Change its permissions and those of its folder",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened. Check that its folder is there and may be written",
-    sqlite3.SQLITE_CORRUPT: "it is damaged. Restore it from a copy, or move it away to begin anew",
-    sqlite3.SQLITE_NOTADB: "it is no SQLite database. Move it away, or choose another one",
-    sqlite3.SQLITE_IOERR: "the disk could not be read or written. Check the disk and the free space",
-}
-
-
-def _explain(error: Exception, path: Path) -> StoreError:
-    code = getattr(error, "sqlite_errorcode", None)
-    cause = _CAUSES.get(code & 0xFF) if code is not None else None  # the low byte is the family
-    failure = StoreError(f"The database {path} failed: {cause or error}.")
-    failure.__cause__ = error
-    return failure

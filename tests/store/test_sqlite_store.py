@@ -168,7 +168,7 @@ async def test_a_damaged_database_says_so(tmp_path: Path) -> None:
 async def test_a_database_held_by_another_process_says_so_and_is_used_again_after(
     store: SqliteStore, raw: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("flame.store.sqlite._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("flame.store.connection._BUSY_SECONDS", 0.05)
     second = open_store(URL, tmp_path)
     raw.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="another process is using it"):

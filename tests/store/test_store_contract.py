@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,11 @@ import pytest
 from flame.errors import Conflict, StoreError
 from flame.store import Store, open_store
 
-Open = Callable[[], Store]
 
-
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "mongodb"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "mongodb":
+        return str(request.getfixturevalue("mongo_url"))
     return f"sqlite:///{tmp_path}/state/flame.db"
 
 
