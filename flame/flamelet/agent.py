@@ -29,6 +29,8 @@ from flame.spec.records import Manifest, Record
 T = TypeVar("T")
 Final = dict[str, Any]
 
+#: How Python runs a role's script.
+LAUNCHER = ("-m", "flame.sdk.launch")
 #: What the child says that the server is told as it is.
 _REPORTS = frozenset({"metrics", "round", "warning", "waiting", "model", "join", "leave"})
 #: Seconds for a process that left the child's group and still holds the link.
@@ -165,7 +167,7 @@ class Agent:
         output = self._output.pipe()
         try:
             child = await Child.start(
-                [sys.executable, "-m", "flame.sdk.launch", "main.py", "config.json"],
+                [sys.executable, *LAUNCHER, "main.py", "config.json"],
                 folder=folder,
                 environment=self._child_environment(manifest),
                 output=output,
@@ -200,7 +202,6 @@ class Agent:
         artifacts = self._work_dir / "artifacts"
         artifacts.mkdir(exist_ok=True)
         return {
-            "PYTHONUNBUFFERED": "1",  # what it prints is seen at once
             **self._environment,
             "FLAME_JOB_KEY": manifest.job_key,
             "FLAME_TASK": self._settings.task,
