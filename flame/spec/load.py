@@ -21,8 +21,7 @@ from flame.errors import SpecError, UsageError
 from flame.spec import bundle, datasets, normal
 from flame.spec.check import check_dataset, check_job, check_schema
 from flame.spec.gather import Brought, dataset_files, name_in
-from flame.spec.nouns import Dataset, JobForm, Name, Schema
-from flame.spec.nouns import Form as _Form
+from flame.spec.nouns import Dataset, Form, JobForm, Name, Schema
 from flame.spec.override import apply_overrides, split
 from flame.spec.places import Places
 from flame.spec.read import SUFFIXES, files_in, parse, reach, read, read_noun
@@ -62,7 +61,7 @@ class JobBundle(NamedTuple):
     folder: FilePath
 
 
-class DesignForm(_Form, frozen=True, kw_only=True):
+class DesignForm(Form, frozen=True, kw_only=True):
     """What a user writes to make a design."""
 
     name: Name
@@ -177,7 +176,13 @@ class _Loader:
         if design is not None and (schema is None or archive is None):
             job["designId"] = design
         job["modelSpec"] = self._model_spec(data, job)
-        job["dataSpec"], job["datasets"] = self._data(data, schema)
+        try:
+            job["dataSpec"], job["datasets"] = self._data(data, schema)
+        except SpecError:
+            if schema is not None and not self.overrides:
+                # Datasets find no place where the schema is wrong; then that is what the user should hear first.
+                check_schema(schema, self.places.under("schema"), data_spec_follows=True)
+            raise
         form = shape(job, JobForm, self.places)
         form = apply_overrides(form, self.overrides, self.places, self.notes)
         if schema is not None and archive is None and form.design_id is None:

@@ -22,7 +22,7 @@ from flame.spec.places import Path, dotted
 #: Largest file that is read, in bytes.
 MAX_BYTES = 16 * 1024 * 1024
 #: Most values in a file, after its YAML aliases are unfolded, and how deep they may lie in each other.
-MAX_VALUES = 1_000_000
+MAX_VALUES = 500_000
 MAX_DEPTH = 64
 
 COMMENT = "//"

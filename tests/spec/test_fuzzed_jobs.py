@@ -151,7 +151,7 @@ def good(flame_folder: Callable[..., Path]) -> Path:
 def test_spoilt_files_are_refused_or_make_a_job(good: Path) -> None:
     originals = {name: (good / name).read_text() for name in FILES}
 
-    @settings(max_examples=200)
+    @settings(max_examples=120)
     @given(st.sampled_from(FILES), spoilt())
     def check(name: str, spoil: Callable[[Any], Any]) -> None:
         (good / name).write_text(json.dumps(spoil(json.loads(originals[name]))))
@@ -168,7 +168,7 @@ def test_spoilt_files_are_refused_or_make_a_job(good: Path) -> None:
 
 
 def test_any_document_as_a_job_file(good: Path) -> None:
-    @settings(max_examples=200)
+    @settings(max_examples=120)
     @given(st.dictionaries(st.sampled_from(KEYS), values, max_size=6) | values, st.sampled_from(FILES))
     def check(document: Any, name: str) -> None:
         original = (good / name).read_text()
@@ -214,7 +214,7 @@ def test_any_document_as_a_single_noun(tmp_path: Path) -> None:
     check()
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(values)
 def test_any_document_that_a_server_is_sent(document: Any) -> None:
     try:
@@ -233,7 +233,7 @@ paths = st.lists(st.sampled_from([*KEYS, "0", "1", "9", "[0]", "[trainer]", '["a
 def test_any_override(good: Path) -> None:
     form = load_job(good).form
 
-    @settings(max_examples=200)
+    @settings(max_examples=120)
     @given(
         paths, st.sampled_from(["1", "x", "[a]", "{a: 1}", "", "{", "true", "'", "*a", "fedprox"]) | st.text(max_size=5)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,15 @@ def test_a_server_without_files_names_the_place_in_the_form(what: str, schemas: 
 def test_the_known_topologies_are_accepted(schemas: dict[str, Any]) -> None:
     for schema in schemas.values():
         check_schema(shape(schema, Schema))
+
+
+def test_a_wrong_schema_is_what_the_user_hears_first(folder: Flame, schemas: dict[str, Any]) -> None:
+    for what in ("no data-consuming role", "no association where several are possible", "a misspelt group"):
+        change, sentence = OF_THE_SCHEMA[what]
+        schema = json.loads(json.dumps(schemas["hier_mnist"]))
+        change(schema)
+        path = folder.all({"job.yaml": {"name": "j", "datasets": ["https://x.org/a"]}, "schema.json": schema})  # type: ignore[attr-defined]
+        assert refused(path) == sentence
 
 
 # --- the job and its data
