@@ -21,10 +21,14 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flame.errors import Conflict, StoreError, UsageError
+
+if TYPE_CHECKING:
+    from flame.apiserver.app import Api
+    from flame.controller.controller import Controller
 
 log = logging.getLogger("flame.serve")
 
@@ -97,18 +101,18 @@ async def _serve(settings: ServeSettings, data_dir: Path) -> int:
     return 0
 
 
+@dataclass(frozen=True)
 class Server:
     """A server that listens.
 
     :ivar url: its address.
     :ivar controller: its jobs.
-    :ivar attachments: who is attached.
+    :ivar api: what answers.
     """
 
-    def __init__(self, url: str, controller: Any, attachments: Any) -> None:
-        self.url = url
-        self.controller = controller
-        self.attachments = attachments
+    url: str
+    controller: Controller
+    api: Api
 
 
 @contextlib.asynccontextmanager
@@ -177,7 +181,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         _write_atomically(data_dir / "server.json", json.dumps({"url": url, "pid": os.getpid()}))
         stack.callback((data_dir / "server.json").unlink, missing_ok=True)
         log.info("listening on %s (data in %s)", url, data_dir)
-        yield Server(url, controller, api.attachments)
+        yield Server(url, controller, api)
 
 
 # ------------------------------------------------------------------------------------------- small pieces
@@ -315,11 +319,11 @@ async def _unneeded(server: Server, stopping: asyncio.Event) -> None:
     """Wait until a private server is of no use any more."""
     try:
         async with asyncio.timeout(PRIVATE_PATIENCE):
-            await server.attachments.first.wait()
+            await server.api.attachments.first.wait()
     except TimeoutError:
         log.info("nobody has attached within %g s", PRIVATE_PATIENCE)
         return
-    await server.attachments.none.wait()
+    await server.api.attachments.none.wait()
 
 
 async def _first(*works: Any) -> None:

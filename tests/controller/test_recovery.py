@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,12 +133,10 @@ async def test_a_failing_store_changes_nothing_and_is_tried_again(control: Contr
         assert job.rounds == []
 
 
-class Killed(Exception):
-    """The server is no more."""
-
-
-class Mortal(Store):
+class Mortal:
     """A store whose server is killed at a certain write: before it reaches the database, or right after it."""
+
+    WRITES = ("insert", "replace", "delete", "append", "drop")
 
     def __init__(self, store: Store, at: int = 0, *, after: bool = False) -> None:
         self._store = store
@@ -147,13 +146,17 @@ class Mortal(Store):
         self.failing = False
         self.killed = asyncio.Event()
 
-    async def _write(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        return partial(self._write, method) if name in self.WRITES else method
+
+    async def _write(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.failing:
             raise StoreError("The disk is full.")
         self.writes += 1
         if self.killed.is_set() or (self.writes == self._at and not self._after):
             await self._die()
-        result = await getattr(self._store, name)(*args, **kwargs)
+        result = await method(*args, **kwargs)
         if self.killed.is_set() or self.writes == self._at:
             await self._die()
         return result
@@ -161,42 +164,6 @@ class Mortal(Store):
     async def _die(self) -> None:
         self.killed.set()
         await asyncio.get_running_loop().create_future()  # nothing ever comes back from a killed process
-
-    async def insert(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._write("insert", *args, **kwargs)
-
-    async def replace(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._write("replace", *args, **kwargs)
-
-    async def delete(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._write("delete", *args, **kwargs)
-
-    async def append(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._write("append", *args, **kwargs)
-
-    async def drop(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._write("drop", *args, **kwargs)
-
-    async def get(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._store.get(*args, **kwargs)
-
-    async def find(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._store.find(*args, **kwargs)
-
-    async def read(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._store.read(*args, **kwargs)
-
-    async def put_bundle(self, data: bytes) -> str:
-        return await self._store.put_bundle(data)
-
-    async def get_bundle(self, digest: str) -> bytes | None:
-        return await self._store.get_bundle(digest)
-
-    async def delete_bundle(self, digest: str) -> bool:
-        return await self._store.delete_bundle(digest)
-
-    async def close(self) -> None:
-        await self._store.close()
 
 
 class Play:
@@ -253,7 +220,7 @@ async def play(control: Control, world: Any, at: int, *, after: bool) -> int:
     job = None
     stores: list[Mortal] = []
 
-    def wrap(store: Store) -> Store:
+    def wrap(store: Store) -> Any:
         stores.append(Mortal(store, at if not stores else 0, after=after))
         return stores[-1]
 
