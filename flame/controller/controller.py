@@ -317,6 +317,8 @@ class Controller:
             registry = Registry(sort=options.registry.sort, uri=registry.uri or options.registry.uri)
         elif not registry.uri and registry.sort == options.registry.sort:
             registry = options.registry
+        elif not registry.uri and registry.sort == "local":
+            registry = Registry(sort="local", uri=str(options.data_dir / "registry"))  # a worker's own folder is removed
         return msgspec.structs.replace(config, brokers=brokers, registry=registry)
 
     # ----------------------------------------------------------------------------------------------- the rest
