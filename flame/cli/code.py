@@ -54,7 +54,7 @@ def get(design: str, to: str | None, server: str | None) -> None:
     data = ask(server, do)
     if to is None:
         rows = [[role, "yes" if runs else "no"] for role, runs in sorted(bundle.folders(data).items())]
-        output.table(["folder", "main.py"], rows)
+        output.table(["FOLDER", "MAIN.PY"], rows)
         return
     try:
         Path(to).write_bytes(data)

@@ -90,7 +90,7 @@ def _print(records: list[DatasetRecord], how: str, *, alone: bool = False) -> No
         records[0] if alone else records,
         how,
         lambda: output.table(
-            ["id", "name", "realm", "url", "created"],
+            ["ID", "NAME", "REALM", "URL", "CREATED"],
             [
                 [one.id, one.dataset.name, one.dataset.realm, one.dataset.url, output.when(one.created_at)]
                 for one in records

@@ -148,6 +148,6 @@ def _show(designs: list[Design], how: str, *, alone: bool = False) -> None:
             ]
             for one in designs
         ]
-        output.table(["id", "name", "schema", "code", "created"], rows)
+        output.table(["ID", "NAME", "SCHEMA", "CODE", "CREATED"], rows)
 
     output.show(designs[0] if alone else designs, how, table)

@@ -267,7 +267,7 @@ def expand(source: str, overrides: tuple[str, ...], how: str) -> None:
             [one.taskid, one.role, ", ".join(f"{c}: {g}" for c, g in one.group_association.items()), one.dataset]
             for one in configs
         ]
-        output.table(["task", "role", "groups", "dataset"], rows)
+        output.table(["TASK", "ROLE", "GROUPS", "DATASET"], rows)
         if bundle.form.schema is not None:
             click.echo()
             click.echo(draw_topology(bundle.form.schema, configs, output.width()))
@@ -282,12 +282,11 @@ def _show(jobs: list[Job], how: str, *, alone: bool = False) -> None:
                 one.id,
                 one.name,
                 one.state.value,
-                len(one.rounds) or None,
                 output.when(one.created_at),
                 output.span(one.ended_at - one.started_at) if one.ended_at and one.started_at else None,
             ]
             for one in jobs
         ]
-        output.table(["id", "name", "state", "rounds", "created", "took"], rows, right=[3])
+        output.table(["ID", "NAME", "STATE", "CREATED", "TOOK"], rows)
 
     output.show(jobs[0] if alone else jobs, how, table)

@@ -102,5 +102,9 @@ class Live(View):
         if expected is None:
             return Text(f"{len(rounds)}  {pace}")
         line = Table.grid(padding=(0, 2))
-        line.add_row(ProgressBar(total=expected, completed=len(rounds), width=30), f"{len(rounds)}/{expected}", pace)
+        line.add_row(_bar(len(rounds), expected), f"{len(rounds)}/{expected}", pace)
         return line
+
+
+def _bar(done: int, of: int) -> ProgressBar:
+    return ProgressBar(total=of, completed=done, width=30, style="dim", complete_style="cyan", finished_style="green")

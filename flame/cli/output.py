@@ -45,7 +45,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
     """
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [headers, *cells]) for i in range(len(headers))]
-    for number, line in enumerate([[header.upper() for header in headers], *cells]):
+    for number, line in enumerate([headers, *cells]):
         padded = [
             cell.rjust(width) if i in right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))

@@ -56,7 +56,7 @@ def rounds(done: list[Round]) -> None:
     if left_out > 0:
         middle = _MOST_ROUNDS // 2
         rows[middle:-middle] = [["..."] * (len(names) + 2)]
-    output.table(["round", *names, "seconds"], rows, right=range(len(names) + 2))
+    output.table(["ROUND", *names, "SECONDS"], rows, right=range(len(names) + 2))
     if left_out > 0:
         click.echo(f"({left_out} rounds in the middle are left out; `-o json` has them all)")
 

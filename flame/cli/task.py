@@ -104,7 +104,7 @@ def show_all(tasks: list[Task], how: str) -> None:
             ]
             for one in tasks
         ]
-        output.table(["id", "role", "state", "attempt", "compute", "reason"], rows)
+        output.table(["ID", "ROLE", "STATE", "ATTEMPT", "COMPUTE", "REASON"], rows)
 
     output.show(tasks, how, table)
 
