@@ -313,12 +313,10 @@ class Controller:
         named = {broker.sort for broker in config.brokers}
         brokers = [*config.brokers, *(broker for broker in options.brokers if broker.sort not in named)]
         registry = config.registry
-        if registry.sort == "default":
+        if registry.sort in ("default", options.registry.sort):
             registry = Registry(sort=options.registry.sort, uri=registry.uri or options.registry.uri)
-        elif not registry.uri and registry.sort == options.registry.sort:
-            registry = options.registry
-        elif not registry.uri and registry.sort == "local":
-            registry = Registry(sort="local", uri=str(options.data_dir / "registry"))  # a worker's own folder is removed
+        elif registry.sort == "local" and not registry.uri:
+            registry = Registry(sort="local", uri=str(options.data_dir / "registry"))
         return msgspec.structs.replace(config, brokers=brokers, registry=registry)
 
     # ----------------------------------------------------------------------------------------------- the rest

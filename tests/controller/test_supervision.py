@@ -249,12 +249,12 @@ async def test_a_warning_is_kept_once(bench: Any) -> None:
 async def test_the_manifest_has_the_servers_own_choices(control: Control) -> None:
     from flame.spec.nouns import Broker, Registry
 
-    choices = {"registry": Registry(sort="local", uri="/registry"), "brokers": (Broker(sort="mqtt", host="b:1883"),)}
+    choices = {"registry": Registry(sort="mlflow", uri="http://m"), "brokers": (Broker(sort="mqtt", host="b:1883"),)}
     async with control(**choices) as bench:
         job = await bench.job()
         tasks = await bench.deployed(job.id)
         manifest = bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
-        assert manifest.config.registry == Registry(sort="local", uri="/registry")
+        assert manifest.config.registry == Registry(sort="mlflow", uri="http://m")
         assert manifest.config.brokers == [Broker(sort="mqtt", host="b:1883")]
         assert manifest.code == bench.code
         assert manifest.job_key == bench.controller.context.keys.job(job.id)
@@ -265,6 +265,10 @@ async def test_the_manifest_has_the_servers_own_choices(control: Control) -> Non
         manifest = bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
         assert manifest.config.registry == Registry(sort="mlflow", uri="http://mlflow")
         assert manifest.config.brokers == [Broker(sort="mqtt", host="x")]
+        files = await bench.job(registry=Registry(sort="local"))
+        tasks = await bench.deployed(files.id)
+        manifest = bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
+        assert manifest.config.registry.uri == str(bench.folder / "registry"), "it must outlive the worker's own folder"
 
 
 async def test_peers_hear_of_each_other_once_and_of_those_who_leave(bench: Any) -> None:
