@@ -96,11 +96,7 @@ class Inbox:
             self.reasons[end] = reason
             if gone.queue:
                 self._left[end] = gone
-            for wait in self._waits:
-                if end in wait.pending:
-                    wait.pending.discard(end)
-                    wait.ready.append(end)
-            self.condition.notify_all()
+            self._answer(end)
 
     def on_frames(
         self, end: str, data: memoryview | bytearray | bytes, release: Callable[[], None] | None = None
@@ -111,11 +107,7 @@ class Inbox:
             if known is not None and not self._closed:
                 self._seq += 1
                 known.queue.append(Arrival(self._seq, data, release))
-                for wait in self._waits:
-                    if end in wait.pending:
-                        wait.pending.discard(end)
-                        wait.ready.append(end)
-                self.condition.notify_all()
+                self._answer(end)
                 return
         if release is not None:
             release()
@@ -204,9 +196,19 @@ class Inbox:
         with self.condition:
             self._closed = False
 
+    def _answer(self, end: str) -> None:
+        """There is news of an end: whoever waits for it need not wait on."""
+        for wait in self._waits:
+            if end in wait.pending:
+                wait.pending.discard(end)
+                wait.ready.append(end)
+        if self._blocked:
+            self._tell_wanted()
+        self.condition.notify_all()
+
     def _tell_wanted(self) -> None:
-        blocked = self._blocked
-        self._on_want(blocked[0].pending if len(blocked) == 1 else set().union(*(wait.pending for wait in blocked)))
+        wanted = [wait.pending for wait in self._blocked if not wait.ready]
+        self._on_want(wanted[0] if len(wanted) == 1 else set().union(*wanted))
 
     def _find(self, end: str) -> End:
         return self.present.get(end) or self._left[end]

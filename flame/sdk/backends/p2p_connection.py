@@ -182,7 +182,6 @@ class Connection:
             return None
         if length <= SMALL:
             data = bytes(body[:length])
-            self._window.arrived(self)
             self._deliver(data, length, None)
             return length
         try:

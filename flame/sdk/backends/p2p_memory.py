@@ -17,7 +17,7 @@ from typing import Protocol
 #: Messages up to this size (bytes) are read along with others and do not count against the window of large ones.
 SMALL = 64 << 10
 #: A large message that has not grown for so many seconds does not keep others waiting any longer.
-STALL_SECONDS = 1.0
+STALL_SECONDS = 2.0
 _HUGE = 4 << 20
 
 
@@ -125,10 +125,8 @@ class Window:
         return False
 
     def arrived(self, receiver: Receiver) -> None:
-        """The message that was let in last for this receiver is complete, and about to be handed to who waits for it."""
+        """The message that was let in last for this receiver is complete."""
         self.reading.pop(receiver, None)
-        if receiver.end in self.wanted:
-            self.wanted = ()  # until somebody waits again
 
     def leave(self, receiver: Receiver, asked: int) -> None:
         """The connection is gone, and with it a message that it waits for room for, or has not read to its end.
