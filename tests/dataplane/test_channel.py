@@ -135,7 +135,7 @@ def test_sending_to_an_end_that_left_says_so(pair):
 
 def test_a_wait_ends_at_its_deadline_and_names_who_is_missing(pair):
     aggregator, _ = pair
-    with pytest.raises(DeadlineExceeded, match="from t1 within 0.01 s"):
+    with pytest.raises(DeadlineExceeded, match=r"from t1 within 0\.01 s"):
         aggregator.recv("t1", timeout=0.01)
     # Nobody is registered as waiting any more: the next message is not lost.
     pair[1].send("a", {"x": 1})
@@ -189,7 +189,7 @@ def test_a_selector_chooses_the_ends_and_sees_what_was_noted(make):
 
 
 def test_a_message_that_cannot_be_read_counts_as_none(pair, caplog):
-    aggregator, trainer = pair
+    aggregator, _ = pair
     aggregator._inbox.on_frames("t1", b"garbage" * 10)
     assert aggregator.recv("t1", timeout=5)[0] is None
     assert "cannot be read" in caplog.text
