@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -164,12 +165,13 @@ class ChannelManager:
     def _me(self) -> Member:
         attempt = self._attempt if self._attempt is not None else int(os.environ.get("FLAME_ATTEMPT") or 1)
         groups = (f"{channel}={group}" for channel, group in sorted(self.config.group_association.items()))
+        work = "\n".join((self.config.dataset, self.config.realm, *groups))
         return Member(
             end=self.config.task_id,
             role=self.config.role,
             attempt=attempt,
             dials=bool(self.config.dataset),
-            order=" ".join((self.config.dataset, self.config.realm, *groups)),
+            order=hashlib.sha256(work.encode()).hexdigest()[:16],
         )
 
     def _backend(self, spec: ChannelConfig) -> Backend:
@@ -224,6 +226,7 @@ class ChannelManager:
         if spec.compression is None:
             return None
         from flame.sdk import compression as compressions
+        from flame.sdk.optimizers import optimizers
 
-        compression: Compression = compressions.make(spec.compression.sort, spec.compression.kwargs)
-        return compression
+        differences = bool(getattr(optimizers.load(self.config.optimizer.sort), "differences", False))
+        return compressions.make(spec.compression.sort, spec.compression.kwargs, differences=differences)

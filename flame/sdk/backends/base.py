@@ -21,7 +21,7 @@ class Member(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     :ivar attempt: the start of that task; a member with a higher attempt replaces the older one.
     :ivar dials: True for a worker that may sit behind a NAT (data consumers): it opens connections and need not be reachable.
     :ivar addresses: where it listens, best first, such as ``unix:...`` or ``tcp://10.1.0.4:40101``; may be empty.
-    :ivar order: sorts a role's workers the same way in every run of a job (``end`` does not); says what the worker works on.
+    :ivar order: sorts a role's workers the same way in every run of a job (``end`` does not): a digest of what the worker works on.
     """
 
     end: str

@@ -255,14 +255,15 @@ class P2pBackend(Backend):
         reason = room.refusal(hello)
         if reason is not None:
             raise SentAway(reason)
-        return Welcome(end=me.end, role=me.role, attempt=me.attempt)
+        return Welcome(end=me.end, role=me.role, attempt=me.attempt, order=me.order)
 
     def _welcomed(self, stream: Stream, hello: Hello) -> None:
         room = self._rooms.get((hello.channel, hello.group))
         if room is None:
             stream.close()
         else:
-            room.connected(stream, Member(end=hello.end, role=hello.role, attempt=hello.attempt, dials=hello.dials))
+            member = Member(end=hello.end, role=hello.role, attempt=hello.attempt, dials=hello.dials, order=hello.order)
+            room.connected(stream, member)
 
 
 def _tls_contexts(context: BackendContext) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:

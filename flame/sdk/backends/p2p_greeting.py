@@ -112,7 +112,8 @@ class Greeting:
             other: Hello | Welcome = stop.value
             dials = other.dials if isinstance(other, Hello) else False
             self._end()
-            self._on_done(self._stream, Member(end=other.end, role=other.role, attempt=other.attempt, dials=dials))
+            member = Member(end=other.end, role=other.role, attempt=other.attempt, dials=dials, order=other.order)
+            self._on_done(self._stream, member)
 
     def _fail(self, reason: Exception) -> None:
         if not self._over:

@@ -60,6 +60,7 @@ class Hello(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     dials: bool
     to: str
     nonce: bytes
+    order: str = ""
 
 
 class Welcome(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -68,6 +69,7 @@ class Welcome(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     end: str
     role: str
     attempt: int
+    order: str = ""
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -169,6 +169,7 @@ class Room:
             dials=me.dials,
             to=peer.member.end,
             nonce=b"",
+            order=me.order,
         )
 
         def on_done(stream: Stream, member: Member) -> None:
