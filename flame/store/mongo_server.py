@@ -41,9 +41,10 @@ class MongoServer:
     """One database on a server. Belongs to the event loop in which it is first used.
 
     Two ways of compare-and-set serve two kinds of server. MongoDB finds a document by ``_id`` and compares the
-    rest in the same atomic step. FerretDB reads the whole collection for any filter that holds more than an
-    ``_id``; there the comparison is a read of its own, and changes of one document take turns within this process. So on
-    FerretDB, and only there, compare-and-set does not hold between two server processes.
+    rest in the same atomic step. FerretDB 1 reads the whole collection for any filter that holds more than an
+    ``_id``, and what it has found it changes in a second step, which is not atomic. There the comparison is a read of our
+    own, and changes of one document take turns within this process. So on FerretDB, and only there,
+    compare-and-set does not hold between two server processes; inserting an ``_id`` does everywhere.
 
     :param url: ``mongodb://[user:password@]host[:port]/[database][?options]``; the database's name is ``flame`` by default.
     :raises flame.errors.UsageError: the URL is malformed.
@@ -185,7 +186,7 @@ class MongoServer:
         )
         try:
             info = await self.patiently(lambda _: client.server_info(), patience=_FIRST_PATIENCE)
-            self.by_id_alone = "ferretdbVersion" in info
+            self.by_id_alone = _by_id_alone(info)
             meta = client[self._database]["meta"]
             await self.create(meta, {"_id": "schema", "version": VERSION, "op": sign()})
             found = await self.get(meta, "schema", "version")
@@ -199,6 +200,10 @@ class MongoServer:
             await client.close()
             raise
         return client
+
+
+def _by_id_alone(server_info: Fields) -> bool:
+    return "ferretdbVersion" in server_info
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 Everything is addressed by ``_id`` and changed one document at a time, with no transaction, change stream or
 server-side script, so the smallest server will do. A document's body is kept as JSON text: a user's keys may hold
 dots and dollar signs, and numbers any number of digits, which BSON would not take. Beside it stand its top-level strings in ``is``, by
-which lists are filtered.
+which lists are filtered (those of up to 1000 characters).
 
 A unique key is a document of its own, inserted before the document that it belongs to. A process that is killed between the two
 leaves a key without an owner; such a key can be taken over once it is older than any insert can last.
@@ -29,7 +29,8 @@ from flame.store.text import check_field, is_field, to_text
 _INDEXED = ("jobId", "state")
 _DOCS = "docs."
 _LARGEST = 15_000_000  # MongoDB takes documents of up to 16 MB
-_CHUNK = 1 << 20
+_LONGEST_FILTER = 1000  # characters
+_CHUNK = 4 << 20
 _ABANDONED = 120.0  # seconds; twice as long as an insert waits for a server that is away
 
 
@@ -91,6 +92,8 @@ class MongoStore(Store):
         """See the base class. ``jobId`` and ``state`` have indexes; FerretDB reads the whole collection all the same."""
         query: Fields = {}
         for field, value in (where or {}).items():
+            if not _is_short(value):
+                raise StoreError(f"Lists cannot be filtered by a {field} of more than {_LONGEST_FILTER} characters.")
             query[f"is.{check_field(field)}"] = value
         if after is not None:
             query["_id"] = {"$lt" if descending else "$gt": after}
@@ -165,14 +168,15 @@ class MongoStore(Store):
             documents, after = await self._server.collection(name), ""
             while found := await self._server.patiently(lambda _: _page(documents, after)):  # noqa: B023 - called at once
                 for fields in found:
-                    yield KeptDocument(name.removeprefix(_DOCS), _document(fields), fields["keys"])
+                    yield KeptDocument(name.removeprefix(_DOCS), _document(fields), sorted(fields["keys"]))
                 after = found[-1]["_id"]
         for stream in await self._streams.names():
             async for events in self._streams.events(stream):
                 yield KeptEvents(stream, events)
         heads = await self._server.collection("bundles")
         for head in await self._server.patiently(lambda _: heads.find({}, {"_id": 1}).sort("_id", 1).to_list()):
-            if data := await self.get_bundle(head["_id"]):
+            data = await self.get_bundle(head["_id"])
+            if data is not None:
                 yield KeptBundle(data)
 
     async def load(self, kept: Kept) -> None:
@@ -264,8 +268,12 @@ def _json(what: str, body: dict[str, Any]) -> str:
 
 
 def _fields(collection: str, id: str, body: dict[str, Any]) -> Fields:
-    strings = {name: value for name, value in body.items() if isinstance(value, str) and is_field(name)}
+    strings = {name: value for name, value in body.items() if is_field(name) and _is_short(value)}
     return {"is": strings, "body": _json(f"{id} of {collection}", body)}
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_FILTER
 
 
 def _document(fields: Fields) -> Document:

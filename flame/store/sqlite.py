@@ -170,7 +170,7 @@ class SqliteStore(Store):
     async def dump(self) -> AsyncIterator[Kept]:
         """See the base class."""
         for name in await self._all("SELECT collection, id FROM documents ORDER BY collection, id"):
-            keys = await self._all("SELECT key FROM keys WHERE collection = ? AND id = ?", *name)
+            keys = await self._all("SELECT key FROM keys WHERE collection = ? AND id = ? ORDER BY key", *name)
             if document := await self.get(*name):
                 yield KeptDocument(name[0], document, [key for (key,) in keys])
         for (stream,) in await self._all("SELECT DISTINCT stream FROM events ORDER BY stream"):

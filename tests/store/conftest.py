@@ -1,6 +1,7 @@
 """A MongoDB server for the tests: the one of FLAME_TEST_MONGODB, else a private FerretDB where the engines are at hand."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import uuid
@@ -8,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from pymongo import AsyncMongoClient
 
@@ -49,7 +51,12 @@ class PrivateMongo:
 
     async def kill(self) -> None:
         home = Path(os.environ.get("ENGINES_HOME") or Path.home() / ".cache" / "flame-engines")
-        os.kill(int((home / "run" / f"mongo-{PORT}.pid").read_text()), 9)
+        pid_file = home / "run" / f"mongo-{PORT}.pid"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid_file.read_text()))
+            process.kill()
+            await asyncio.to_thread(process.wait)
+        pid_file.unlink()
 
 
 @pytest.fixture
