@@ -149,11 +149,12 @@ def _reader(route: Route) -> Callable[[web.Request], Awaitable[Any]] | None:
             raise UsageError(f"The body must be JSON (Content-Type: application/json), not {request.content_type}.")
         data = await request.read()
         try:
-            return decoder.decode(data)
-        except msgspec.ValidationError:
-            return shape(msgspec.json.decode(data), route.body)  # says in plain words what does not fit
+            try:
+                return decoder.decode(data)
+            except msgspec.ValidationError:
+                return shape(msgspec.json.decode(data), route.body)  # says in plain words what does not fit
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UsageError(f"The body is no JSON: {error}.") from error
+            raise UsageError(f"The body cannot be read as JSON: {error}.") from error
 
     return read
 

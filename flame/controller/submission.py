@@ -20,8 +20,11 @@ from flame.controller.shelf import Saved
 from flame.errors import NotFound, SpecError
 from flame.spec.check import check_job
 from flame.spec.expand import expand
-from flame.spec.nouns import DatasetGroups, JobForm, TaskConfig
+from flame.spec.nouns import DatasetGroups, JobForm, Schema, TaskConfig
 from flame.spec.records import Job, JobState, TaskState
+
+#: The most tasks in a job.
+MAX_TASKS = 10_000
 
 _last_stamp = 0
 
@@ -92,6 +95,7 @@ class Submission:
         form = check_job(form, schema=schema, code=folders, datasets=registered)
         priority(form.priority)
         schema = form.schema or schema
+        _refuse_crowds(form, schema)
         configs = expand(form, schema, registered, id)
         if form.design_id is None:
             form = msgspec.structs.replace(form, design_id=(await self._catalog.design_for(form, schema, code)).id)
@@ -114,6 +118,16 @@ def new_id() -> str:
     global _last_stamp  # noqa: PLW0603 - the clock may step back or stand still; ids must not
     _last_stamp = max(_last_stamp + 1, int(time.time() * 1000))
     return f"{_last_stamp:012x}{secrets.token_hex(6)}"
+
+
+def _refuse_crowds(form: JobForm, schema: Schema) -> None:
+    """Count the tasks before they are made: a number is short to write and long to work off."""
+    count = sum(
+        role.replica * max(1, len(role.group_association)) for role in schema.roles if not role.is_data_consumer
+    )
+    count += sum(len(names) for entry in form.data_spec for names in entry.dataset_groups.values())
+    if count > MAX_TASKS:
+        raise SpecError(f"the job has {count} tasks; {MAX_TASKS} are allowed. Reduce the replicas.", "schema: roles")
 
 
 def _renamed(entry: DatasetGroups, given: Mapping[str, str]) -> DatasetGroups:
