@@ -17,6 +17,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -142,7 +143,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         stack.push_async_callback(store.close)
         notifier = Notifier(store)
         # The port is taken before workers are adopted, so that they find it when the first of them comes back.
-        listener = _listen(settings)
+        listener = _listen_again(settings, data_dir)
         stack.callback(listener.close)
         port = listener.getsockname()[1]
         url = (settings.advertise or _url(settings.host, port)).rstrip("/")
@@ -221,12 +222,22 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _listen(settings: ServeSettings) -> Any:
-    import socket
+def _listen_again(settings: ServeSettings, data_dir: Path) -> socket.socket:
+    """Listen. Where any port will do, it is the one of the server before this, if it is free: its workers call there."""
+    kept = data_dir / "port"
+    listener = None
+    if settings.port == 0:
+        with contextlib.suppress(OSError, ValueError, UsageError):
+            listener = _listen(settings.host, int(kept.read_text()))
+    listener = listener or _listen(settings.host, settings.port)
+    _write_atomically(kept, str(listener.getsockname()[1]))
+    return listener
 
+
+def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, proto)
         try:
@@ -237,10 +248,10 @@ def _listen(settings: ServeSettings) -> Any:
         except OSError:
             listener.close()
             raise
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"The server cannot listen on {settings.host}:{settings.port}: {reason}. Choose another --host or --port."
+            f"The server cannot listen on {host}:{port}: {reason}. Choose another --host or --port."
         ) from error
     return listener
 

@@ -60,11 +60,11 @@ def open_gate(gates: Path, number: int) -> None:
 
 
 async def test_a_killed_server_is_followed_by_one_that_ends_the_job_with_the_same_workers(
-    start_process: Callable[..., Any], make_code: Any, make_form: Any, tmp_path: Path, unused_tcp_port: int
+    start_process: Callable[..., Any], make_code: Any, make_form: Any, tmp_path: Path
 ) -> None:
     gates = tmp_path / "gates"
     code = make_code(WAITS.format(gates=str(gates)), ROUNDS.format(gates=str(gates)))
-    server = start_process(port=unused_tcp_port)
+    server = start_process()
     async with Client(await server.url()) as client:
         job = await start_job(client, code, make_form)
         await until_round(client, job, 1)
@@ -73,7 +73,7 @@ async def test_a_killed_server_is_followed_by_one_that_ends_the_job_with_the_sam
         server.kill()
         await server.ended()
         open_gate(gates, 1)  # a round ends while nobody hears of it
-        second = start_process(port=unused_tcp_port)
+        second = start_process()
         await second.url()
         await until_round(client, job, 2)
         server = second
@@ -82,7 +82,7 @@ async def test_a_killed_server_is_followed_by_one_that_ends_the_job_with_the_sam
             await until_round(client, job, number + 1)
             server.kill()
             await server.ended()
-            server = start_process(port=unused_tcp_port)
+            server = start_process()
             await server.url()
         open_gate(gates, 4)
         async with asyncio.timeout(60):
