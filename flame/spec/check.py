@@ -10,6 +10,7 @@ is registered. They only read, and give the form back with the names of algorith
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from flame.spec.topology import association_for, associations, channels_of, grou
 #: Hyperparameters that the SDK itself reads: those that count something, and those that are a positive number.
 _COUNTS = ("rounds", "epochs", "batchSize", "aggGoal", "concurrency")
 _POSITIVE = ("learningRate",)
+#: A priority may also be a number, between and beyond those that have names.
+_INTEGER = re.compile(r"-?[0-9]{1,9}")
 
 
 def check_job(
@@ -352,7 +355,9 @@ def _choices(form: JobForm, places: Places) -> JobForm:
         model_spec=model_spec,
         brokers=brokers,
         backend=_choice(known.BACKENDS, form.backend, places.where("backend")),
-        priority=_choice(known.PRIORITIES, form.priority, places.where("priority")),
+        priority=form.priority
+        if _INTEGER.fullmatch(form.priority)
+        else _choice(known.PRIORITIES, form.priority, places.where("priority")),
         registry=msgspec.structs.replace(
             form.registry, sort=_choice(known.REGISTRIES, form.registry.sort, places.where("registry", "sort"))
         ),

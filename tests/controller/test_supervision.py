@@ -313,7 +313,7 @@ async def test_jobs_wait_for_room_in_the_order_of_priority(control: Control) -> 
         first = await bench.job()
         await bench.run(first.id)
         low = await bench.job(priority="low")
-        high = await bench.job(priority="high")
+        high = await bench.job(priority="60")
         big = await bench.job(trainers=9, priority="low")
         await bench.until(lambda: all(job.reason for job in bench.controller.active()[1:]))
         reasons = {job.id: job.reason for job in bench.controller.active()}
