@@ -64,6 +64,8 @@ async def attached(folder: Path, private: PrivateServer | None = None) -> AsyncI
                 if private is not None:
                     private.end()
                 raise
+        if private is not None:
+            stack.callback(private.leave)
         yield client
 
 

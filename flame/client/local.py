@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from flame.errors import ServerUnreachable
@@ -70,6 +71,11 @@ class PrivateServer:
         said = lines[-1] if lines else f"status {self.process.returncode}"
         return f"The private server did not start: {said} (its log is {self.log})."
 
+    def leave(self) -> None:
+        """Let it end by itself, which nobody waits for: a thread that dies with this process sees to it that no zombie stays."""
+        threading.Thread(target=self.process.wait, daemon=True).start()
+
     def end(self) -> None:
         """End it, although nobody was attached to it yet."""
         self.process.terminate()
+        self.leave()

@@ -132,8 +132,8 @@ class FakeServer:
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         assert request.headers["Authorization"] == f"Bearer {KEY}"
         if self.refusal is not None:
-            status, type = self.refusal
-            return web.json_response({"error": {"type": type, "message": "Attempt 1 is over."}}, status=status)
+            status, kind = self.refusal
+            return web.json_response({"error": {"type": kind, "message": "Attempt 1 is over."}}, status=status)
         response: web.StreamResponse = await handler(request)
         if request.method == "POST" and self.swallow:
             self.swallow -= 1
@@ -147,12 +147,13 @@ class FakeServer:
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"\n")
+        sent = self.events[:after]
         while True:
-            for event in self.events[after:]:
+            for event in self.events[len(sent) :]:
                 await response.write(msgspec.json.encode(event) + b"\n")
-                after = event.seq
+                sent.append(event)
             async with self._changed:
-                await self._changed.wait_for(lambda: len(self.events) > after)
+                await self._changed.wait_for(lambda: len(self.events) > len(sent))
 
     async def _get_manifest(self, _: web.Request) -> web.Response:
         manifest = Manifest(config=config(), code=self.promised, job_key="ab" * 32, attempt=1)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -44,11 +45,21 @@ IGNORES_SIGTERM = (
 )
 
 
-async def gone(*pids: int) -> None:
+def alive(pid: float) -> bool:
+    try:
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(10):
-        for pid in pids:
-            while psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE:
-                await asyncio.sleep(0.01)
+        while not condition():  # noqa: ASYNC110 (nobody tells of what other processes do)
+            await asyncio.sleep(0.01)
+
+
+async def gone(*pids: float) -> None:
+    await until(lambda: not any(alive(pid) for pid in pids))
 
 
 async def test_a_task_runs_and_all_that_it_says_arrives_in_order(start: Any) -> None:
@@ -221,10 +232,7 @@ async def test_while_the_server_is_away_the_child_goes_on_and_nothing_is_lost_or
     await server.until_said("metrics")
     await server.send("peers", channel="c", group="g", joined=[], left=[])
     await server.down()
-    await asyncio.to_thread((worker.work / "task.log").read_bytes)
-    async with asyncio.timeout(20):
-        while b"line 199" not in (worker.work / "task.log").read_bytes():
-            await asyncio.sleep(0.01)
+    await until(lambda: b"line 199" in (worker.work / "task.log").read_bytes())
     await server.up()
     await server.until_said("warning")
     await server.send("peers", channel="c", group="g", joined=[], left=[])
