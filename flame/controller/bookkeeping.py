@@ -15,7 +15,8 @@ import msgspec
 from msgspec.structs import replace
 
 from flame.controller.context import StoredTask
-from flame.controller.lifecycle import Action, Clock, Enter, JobLife, TaskLife, Warn, quorums
+from flame.controller.events import Action, Clock, Enter, Warn
+from flame.controller.lifecycle import JobLife, TaskLife, quorums
 from flame.spec.nouns import RoundPolicy
 from flame.spec.records import Event, Job, JobState, Round, Task, TaskState
 
@@ -177,6 +178,11 @@ def job_news(job: Job, state: JobState | None = None) -> Entry:
     return "job", data
 
 
+def round_of(data: dict[str, Any]) -> Round:
+    """The round that an event tells of."""
+    return Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"])
+
+
 def ends(event: Event) -> bool:
     """Whether an event is the last of its job's stream."""
     return event.type == "job" and JobState(event.data["state"]).ended
@@ -205,7 +211,7 @@ class History:
         elif event.type == "task":
             self.tasks[data["task"]] = (data["state"], data["attempt"])
         elif event.type == "round":
-            self.rounds.append(Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"]))
+            self.rounds.append(round_of(data))
         if "report" in data:
             key = (data["task"], data["attempt"])
             self.heard[key] = max(self.heard.get(key, 0), data["report"])

@@ -14,10 +14,10 @@ from typing import Any
 
 import msgspec
 
-from flame.controller import lifecycle as life
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
 from flame.controller.context import Context, Options, public
+from flame.controller.events import Admit, Kill, Start, Stop
 from flame.controller.keys import Keys
 from flame.controller.placement import Waiting, admit, priority
 from flame.controller.recovery import recover
@@ -128,7 +128,7 @@ class Controller:
         """
         supervisor = await self._supervise(id)
         try:
-            await supervisor.handle(life.Start())
+            await supervisor.handle(Start())
         finally:
             if supervisor.state is JobState.READY:
                 self._forget(supervisor)
@@ -142,7 +142,7 @@ class Controller:
         """
         supervisor = await self._supervise(id)
         try:
-            await supervisor.handle(life.Stop())
+            await supervisor.handle(Stop())
         finally:
             if supervisor.state is JobState.READY:
                 self._forget(supervisor)
@@ -217,7 +217,7 @@ class Controller:
         """Stop every job that is under way, and wait until all have ended and tidied up."""
         for supervisor in list(self._active.values()):
             try:
-                await supervisor.handle(life.Stop())
+                await supervisor.handle(Stop())
             except Conflict:
                 continue
         await self._quiet.wait()
@@ -268,7 +268,7 @@ class Controller:
         if supervisor is None:
             task = await self.task(id)
             raise Conflict(f"Task {id} has no worker to end: it is {task.state.value}.")
-        await supervisor.handle(life.Kill(id))
+        await supervisor.handle(Kill(id))
         return public(supervisor.task(id))
 
     # ----------------------------------------------------------------------------------------------- workers
@@ -378,7 +378,7 @@ class Controller:
         decision = admit(queue, self.used, self.slots)
         for job in decision.admitted:
             waiting[job].admitted = True
-            self.context.background.spawn(waiting[job].handle_surely(life.Admit()))
+            self.context.background.spawn(waiting[job].handle_surely(Admit()))
         for job, reason in decision.reasons.items():
             self.context.background.spawn(waiting[job].wait_for_room(reason))
 

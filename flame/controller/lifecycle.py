@@ -38,6 +38,29 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import replace
 
+from flame.controller.events import (
+    Action,
+    Admit,
+    Ask,
+    Begin,
+    Clock,
+    Completed,
+    Connected,
+    End,
+    Enter,
+    Event,
+    Failed,
+    Gone,
+    Kill,
+    Missing,
+    Running,
+    Silent,
+    Start,
+    Stop,
+    Terminated,
+    TimeUp,
+    Warn,
+)
 from flame.errors import Conflict
 from flame.spec.records import Failure, JobState, TaskState
 
@@ -111,162 +134,6 @@ def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None) -> dict[str, 
             if consumes[role]:
                 needs[role] = min(fewest, count)
     return needs
-
-
-# ---------------------------------------------------------------------------------------------------- events
-
-
-class Start(msgspec.Struct, frozen=True):
-    """A user starts the job."""
-
-
-class Admit(msgspec.Struct, frozen=True):
-    """There is room for all of the job's workers."""
-
-
-class Stop(msgspec.Struct, frozen=True):
-    """A user stops the job."""
-
-
-class TimeUp(msgspec.Struct, frozen=True):
-    """The job has run for as long as it may."""
-
-    seconds: float
-
-
-class Kill(msgspec.Struct, frozen=True):
-    """A user ends one task's worker."""
-
-    task: str
-
-
-class Connected(msgspec.Struct, frozen=True):
-    """A flamelet follows its events."""
-
-    task: str
-    attempt: int
-
-
-class Running(msgspec.Struct, frozen=True):
-    """The task's code was started."""
-
-    task: str
-    attempt: int
-
-
-class Completed(msgspec.Struct, frozen=True):
-    """The task's code ended with status 0."""
-
-    task: str
-    attempt: int
-
-
-class Failed(msgspec.Struct, frozen=True):
-    """The flamelet says that the task failed."""
-
-    task: str
-    attempt: int
-    failure: Failure
-
-
-class Terminated(msgspec.Struct, frozen=True):
-    """The flamelet was told to end the task's code, and did. Nobody of ours need have told it."""
-
-    task: str
-    attempt: int
-    failure: Failure
-
-
-class Silent(msgspec.Struct, frozen=True):
-    """The worker's lease is lost: its machine may be unreachable, and the worker still be there."""
-
-    task: str
-    attempt: int
-    failure: Failure
-
-
-class Gone(msgspec.Struct, frozen=True):
-    """Nothing is left of the worker. ``failure`` is the cause where the task had not ended before."""
-
-    task: str
-    attempt: int
-    failure: Failure
-
-
-class Missing(msgspec.Struct, frozen=True):
-    """A restarted server had asked for this worker, or was about to when it was killed; it is not there."""
-
-    task: str
-    attempt: int
-    failure: Failure
-
-
-Event = (
-    Start
-    | Admit
-    | Stop
-    | TimeUp
-    | Kill
-    | Connected
-    | Running
-    | Completed
-    | Failed
-    | Terminated
-    | Silent
-    | Gone
-    | Missing
-)
-
-
-# --------------------------------------------------------------------------------------------------- actions
-
-
-class Enter(msgspec.Struct, frozen=True):
-    """The job entered a state; a step may go through several."""
-
-    state: JobState
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """Start a worker for this attempt."""
-
-    task: str
-    attempt: int
-
-
-class Begin(msgspec.Struct, frozen=True):
-    """Tell the flamelet to run the task's code."""
-
-    task: str
-    attempt: int
-
-
-class End(msgspec.Struct, frozen=True):
-    """See to it that nothing is left of this worker.
-
-    :ivar parting: its task has ended and it is about to leave by itself; it gets a moment for that.
-    """
-
-    task: str
-    attempt: int
-    reason: str
-    parting: bool = False
-
-
-class Clock(msgspec.Struct, frozen=True):
-    """The first worker runs: the time limit begins to count."""
-
-
-class Warn(msgspec.Struct, frozen=True):
-    """Something went wrong that the job can do without."""
-
-    message: str
-
-
-Action = Enter | Ask | Begin | End | Clock | Warn
-
-
-# ------------------------------------------------------------------------------------------------------ step
 
 
 def step(job: JobLife, event: Event) -> tuple[JobLife, list[Action]]:

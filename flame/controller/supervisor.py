@@ -15,35 +15,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from flame.controller import lifecycle as life
+from flame.controller import events, lifecycle
 from flame.controller import reports as said
 from flame.controller.bookkeeping import (
-    WARNINGS,
     Entry,
     History,
     job_fields,
     job_news,
-    job_stream,
     life_of,
-    rounds_stream,
     task_fields,
     task_news,
     task_stream,
     with_workers,
 )
 from flame.controller.context import Context, StoredTask, log
+from flame.controller.ledger import Ledger, surely
 from flame.controller.rendezvous import Rendezvous
 from flame.controller.shelf import Saved
 from flame.controller.workers import Crew, Worker
-from flame.errors import Forbidden, StoreError
+from flame.errors import Forbidden
 from flame.runners.base import WorkerExit, WorkerInfo
-from flame.spec.records import Failure, Job, JobState, Model, Record, Report, Round
+from flame.spec.records import Failure, Job, JobState, Model, Record, Report
 
 
 class Supervisor:
@@ -61,12 +59,10 @@ class Supervisor:
         form = job.record.form
         assert form.schema is not None
         self._context = context
-        self._job = job
-        self._tasks = {task.id: task for task in tasks}
+        self._ledger = Ledger(context, job, tasks, history)
         self._life = life_of(job.record, [task.record for task in tasks])
         self._lock = asyncio.Lock()
         self._clock: asyncio.TimerHandle | None = None
-        self._rounds: list[Round] = history.rounds if history else []
         self._rendezvous = Rendezvous(job.id, form.schema.channels, context.store, self._tell_peers)
         self._crew = Crew(
             context, job.id, form.model_spec.dependencies, happened=self.handle_surely, placed=self._placed
@@ -79,7 +75,7 @@ class Supervisor:
     @property
     def id(self) -> str:
         """The job's id."""
-        return self._job.id
+        return self._ledger.id
 
     @property
     def state(self) -> JobState:
@@ -89,16 +85,16 @@ class Supervisor:
     @property
     def job(self) -> Job:
         """The job's record, with its rounds so far."""
-        return msgspec.structs.replace(self._job.record, rounds=self._rounds)
+        return self._ledger.whole_job
 
     @property
     def tasks(self) -> list[StoredTask]:
         """The tasks' records, in the order of expansion."""
-        return [task.record for task in self._tasks.values()]
+        return self._ledger.tasks
 
     def task(self, id: str) -> StoredTask:
         """One task's record."""
-        return self._tasks[id].record
+        return self._ledger.task(id)
 
     @property
     def room(self) -> int:
@@ -120,17 +116,17 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------ what happens
 
-    async def handle(self, event: life.Event) -> None:
+    async def handle(self, event: events.Event) -> None:
         """Let something happen to the job.
 
         :raises flame.errors.Conflict: the job's state does not allow what a user asks for.
         :raises flame.errors.StoreError: nothing has happened, because it could not be written.
         """
         async with self._lock:
-            after, actions = life.step(self._life, event)
+            after, actions = lifecycle.step(self._life, event)
             await self._commit(after, actions)
 
-    async def handle_surely(self, event: life.Event) -> None:
+    async def handle_surely(self, event: events.Event) -> None:
         """Let something happen that nobody will say again: while the store fails, try again."""
         await surely(partial(self.handle, event), self.id)
 
@@ -140,14 +136,14 @@ class Supervisor:
         :param workers: those of this job that the runner really has.
         :param history: what the job's stream says.
         """
-        there = {(info.task, info.attempt): info for info in workers if info.task in self._tasks}
+        there = {(info.task, info.attempt): info for info in workers if info.task in self._life.tasks}
         await self._rendezvous.load()
         for (task, attempt), info in there.items():
             told = await self._context.store.read(task_stream(task, attempt))
             worker = self._crew.adopt(info, self._life.tasks[task].role)
             worker.acked = history.heard.get((task, attempt), 0)
             worker.begun = any(event.type == "start" for event in told)
-        await surely(lambda: self._publish(history.untold(self._job.record, self.tasks)), self.id)
+        await surely(lambda: self._ledger.publish(history.untold(self._ledger.job, self.tasks)), self.id)
         begun = {(worker.task, worker.attempt) for worker in self._crew.all() if worker.begun}
         self._life = with_workers(self._life, set(there), begun)
         for one in list(self._life.tasks.values()):
@@ -155,18 +151,18 @@ class Supervisor:
                 self._crew.end(one.id, attempt, one.role, parting=False)
             if one.attempt and not one.state.ended and one.attempt not in one.live:
                 cause = self._cause(one.id, one.attempt, "Its worker ended while the server was down.")
-                await self.handle_surely(life.Missing(one.id, one.attempt, cause))
+                await self.handle_surely(events.Missing(one.id, one.attempt, cause))
         async with self._lock:
-            await self._commit(*life.settle(self._life))
+            await self._commit(*lifecycle.settle(self._life))
         if self._life.clock and not self._life.state.ended:
             self._wind_clock()
 
     async def wait_for_room(self, reason: str) -> None:
         """The queue says why the job has to wait."""
         async with self._lock:
-            if self.state is JobState.STARTING and self._job.record.reason != reason:
-                await self._save_job(reason=reason)
-                await self._publish([job_news(self._job.record)])
+            if self.state is JobState.STARTING and self._ledger.job.reason != reason:
+                await self._ledger.save_job(reason=reason)
+                await self._ledger.publish([job_news(self._ledger.job)])
 
     async def connected(self, task: str, attempt: int) -> None:
         """A flamelet follows its events."""
@@ -175,7 +171,7 @@ class Supervisor:
             worker.heard = True
             self._context.leases.begin((self.id, task, attempt))
         if not self._life.tasks[task].connected:
-            await self.handle(life.Connected(task, attempt))
+            await self.handle(events.Connected(task, attempt))
 
     def silent(self, task: str, attempt: int) -> None:
         """A worker's lease ran out."""
@@ -186,36 +182,36 @@ class Supervisor:
         else:
             message = f"Its worker has not connected within {options.deploy:g} s."
         log.warning("job %s: task %s: %s", self.id, task, message)
-        event = life.Silent(task, attempt, self._cause(task, attempt, message))
+        event = events.Silent(task, attempt, self._cause(task, attempt, message))
         self._context.background.spawn(self.handle_surely(event))
 
     def exited(self, info: WorkerInfo, how: WorkerExit) -> None:
         """The runner has seen the end of a worker that nobody asked to end."""
-        if info.task in self._tasks:
+        if info.task in self._life.tasks:
             self._crew.exited(info, how, self._life.tasks[info.task].role)
 
     async def report(self, task: str, attempt: int, reports: Sequence[Report]) -> int:
         """Take in what a flamelet reports, in order; what was heard before is passed over.
 
         :returns: the number of the last report that was heard.
-        :raises flame.errors.SpecError: a report is malformed; those before it were taken in.
+        :raises flame.errors.SpecError: a report is malformed; nothing of the batch was taken in.
         """
         worker = self.worker(task, attempt)
         async with worker.reporting:
+            fresh = [(report, said.read(report)) for report in reports if report.seq > worker.acked]
             entries: list[Entry] = []
-            heard = worker.acked
-            for report in reports:
-                if report.seq <= heard:
-                    continue
-                data = said.read(report)
+            for report, data in fresh:
                 if isinstance(data, said.MetricsData):
                     entries.append(self._measured(task, attempt, report, data))
                 elif data is not None:
-                    await self._publish_heard(worker, entries, heard)
+                    await self._ledger.publish(entries)
                     entries = []
+                    worker.acked = report.seq - 1
                     await self._hear(task, attempt, report, data)
-                heard = report.seq
-            await self._publish_heard(worker, entries, heard)
+                    worker.acked = report.seq
+            await self._ledger.publish(entries)
+            if fresh:
+                worker.acked = fresh[-1][0].seq
         return worker.acked
 
     def _cause(self, task: str, attempt: int, message: str) -> Failure:
@@ -229,27 +225,18 @@ class Supervisor:
             return "round", {**news, "seconds": data.seconds}
         return "metrics", {**news, "role": self._life.tasks[task].role}
 
-    async def _publish_heard(self, worker: Worker, entries: Sequence[Entry], heard: int) -> None:
-        await self._publish(entries)
-        worker.acked = heard
-        self._rounds += [
-            Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"])
-            for kind, data in entries
-            if kind == "round"
-        ]
-
     async def _hear(self, task: str, attempt: int, report: Report, data: Record) -> None:
         """A report that changes something."""
         role = self._life.tasks[task].role
         match data:
             case said.StateData(state="running"):
-                await self.handle(life.Running(task, attempt))
+                await self.handle(events.Running(task, attempt))
             case said.StateData(state="completed"):
-                await self.handle(life.Completed(task, attempt))
+                await self.handle(events.Completed(task, attempt))
             case said.StateData(state=state):
                 tail = self._context.logs.tail(self.id, task, attempt)
                 failure = said.failure_of(data, task, role, attempt, tail)
-                kind = life.Failed if state == "failed" else life.Terminated
+                kind = events.Failed if state == "failed" else events.Terminated
                 await self.handle(kind(task, attempt, failure))
             case said.JoinData():
                 await self._rendezvous.join(task, role, data.channel, data.group, {**data.member, "attempt": attempt})
@@ -257,39 +244,36 @@ class Supervisor:
                 await self._rendezvous.leave(task, data.channel, data.group)
             case Model():
                 async with self._lock:
-                    await self._save_job(model=data)
-                    await self._publish([("model", msgspec.to_builtins(data))])
+                    await self._ledger.save_job(model=data)
+                    await self._ledger.publish([("model", msgspec.to_builtins(data))])
             case said.MessageData(message=message) if report.type == "warning":
                 async with self._lock:
-                    await self._warn(message)
+                    await self._ledger.warn(message)
             case said.MessageData(message=message):
                 async with self._lock:
-                    await self._save_task(task, reason=message or None)
-                    await self._publish([task_news(self._tasks[task].record)])
+                    await self._ledger.save_task(task, reason=message or None)
+                    await self._ledger.publish([task_news(self._ledger.task(task))])
 
     # ----------------------------------------------------------------------------------- what follows from it
 
-    async def _commit(self, after: life.JobLife, actions: Sequence[life.Action]) -> None:
+    async def _commit(self, after: lifecycle.JobLife, actions: Sequence[events.Action]) -> None:
         """Write what has changed, tell it, and act. Called with the lock held."""
         now, before = time.time(), self._life
-        states = [action.state for action in actions if isinstance(action, life.Enter)]
+        states = [action.state for action in actions if isinstance(action, events.Enter)]
         changed = [task for task in after.tasks.values() if task is not before.tasks[task.id]]
-        fields = {task.id: task_fields(before.tasks[task.id], task, now) for task in changed}
-        shown = [task.id for task in changed if fields[task.id]]
+        fields = {task.id: values for task in changed if (values := task_fields(before.tasks[task.id], task, now))}
         if after.state.ended and states:
-            await self._keep_rounds()
-        await asyncio.gather(*(self._save_task(task, **fields[task]) for task in shown))
-        await self._save_job(**job_fields(self._job.record, before, after, actions, now))
+            await self._ledger.keep_rounds()
+        await self._ledger.save_tasks(fields)
+        await self._ledger.save_job(**job_fields(self._ledger.job, before, after, actions, now))
         # It is in the store, so it has happened: from here on nothing may fail.
         self._life = after
-        news: list[Entry] = [
-            ("warning", {"message": action.message}) for action in actions if isinstance(action, life.Warn)
-        ]
-        news += [task_news(self._tasks[task].record) for task in shown]
-        news += [job_news(self._job.record, state) for state in states]
-        await surely(lambda: self._publish(news), self.id)
+        news: list[Entry] = [("warning", {"message": one.message}) for one in actions if isinstance(one, events.Warn)]
+        news += [task_news(self._ledger.task(task)) for task in fields]
+        news += [job_news(self._ledger.job, state) for state in states]
+        await surely(lambda: self._ledger.publish(news), self.id)
         for state in states:
-            log.info("job %s (%s) is %s", self.id, self._job.record.name, state.value)
+            log.info("job %s (%s) is %s", self.id, self._ledger.job.name, state.value)
         for action in actions:
             self._act(action)
         for task in changed:
@@ -298,22 +282,22 @@ class Supervisor:
         if after.state.ended and states:
             self._conclude()
 
-    def _act(self, action: life.Action) -> None:
+    def _act(self, action: events.Action) -> None:
         context = self._context
         match action:
-            case life.Ask(task=task, attempt=attempt):
+            case events.Ask(task=task, attempt=attempt):
                 self._crew.begin(task, attempt, self._life.tasks[task].role)
-            case life.Begin(task=task, attempt=attempt):
+            case events.Begin(task=task, attempt=attempt):
                 context.background.spawn(self._tell(task, attempt, "start", {"attempt": attempt}))
-            case life.End(task=task, attempt=attempt, reason=reason, parting=parting):
+            case events.End(task=task, attempt=attempt, reason=reason, parting=parting):
                 if not parting:
                     context.background.spawn(self._tell(task, attempt, "stop", {"reason": reason}))
                 self._crew.end(task, attempt, self._life.tasks[task].role, parting=parting)
-            case life.Clock():
+            case events.Clock():
                 self._wind_clock()
-            case life.Warn(message=message):
+            case events.Warn(message=message):
                 log.warning("job %s: %s", self.id, message)
-            case life.Enter():
+            case events.Enter():
                 pass
 
     def _conclude(self) -> None:
@@ -333,48 +317,18 @@ class Supervisor:
                 await context.runner.clean(worker.info)
 
     def _wind_clock(self) -> None:
-        limit, since = self._job.record.form.max_run_time, self._job.record.running_at
+        limit, since = self._ledger.job.form.max_run_time, self._ledger.job.running_at
         if limit is not None and since is not None and self._clock is None:
             left = max(0.0, since + limit - time.time())
             self._clock = asyncio.get_running_loop().call_later(left, self._time_is_up, limit)
 
     def _time_is_up(self, limit: float) -> None:
-        self._context.background.spawn(self.handle_surely(life.TimeUp(limit)))
-
-    # -------------------------------------------------------------------------------------- store and streams
-
-    async def _save_job(self, **fields: Any) -> None:
-        if fields:
-            await self._context.jobs.put(self._job, msgspec.structs.replace(self._job.record, **fields))
-
-    async def _save_task(self, id: str, **fields: Any) -> None:
-        saved = self._tasks[id]
-        await self._context.tasks.put(saved, msgspec.structs.replace(saved.record, **fields))
+        self._context.background.spawn(self.handle_surely(events.TimeUp(limit)))
 
     async def _placed(self, info: WorkerInfo) -> None:
         async with self._lock:
             if self._life.tasks[info.task].attempt == info.attempt:
-                await self._save_task(info.task, compute=self._context.compute, worker=info.handle)
-
-    async def _warn(self, message: str) -> None:
-        warnings = self._job.record.warnings
-        if message in warnings:
-            return
-        if len(warnings) < WARNINGS:
-            await self._save_job(warnings=[*warnings, message])
-        await self._publish([("warning", {"message": message})])
-
-    async def _keep_rounds(self) -> None:
-        """Put the rounds where they can be read without the rest of the stream. Repeated after a crash, it goes on."""
-        stream = rounds_stream(self.id)
-        there = len(await self._context.store.read(stream, limit=1_000_000))
-        entries = [("round", msgspec.to_builtins(done)) for done in self._rounds[there:]]
-        if entries:
-            await self._context.store.append(stream, entries)
-
-    async def _publish(self, entries: Sequence[Entry]) -> None:
-        if entries:
-            await self._context.notifier.publish_many(job_stream(self.id), entries)
+                await self._ledger.save_task(info.task, compute=self._context.compute, worker=info.handle)
 
     async def _tell(self, task: str, attempt: int, type: str, data: dict[str, Any]) -> None:
         worker = self._crew.get(task, attempt)
@@ -388,17 +342,3 @@ class Supervisor:
 
     async def _tell_peers(self, task: str, data: dict[str, Any]) -> None:
         await self._tell(task, self._life.tasks[task].attempt, "peers", data)
-
-
-async def surely(write: Callable[[], Awaitable[None]], job: str) -> None:
-    """Write something that must not be lost: while the store fails, try again."""
-    pause = 0.1
-    while True:
-        try:
-            await write()
-        except StoreError as error:
-            log.error("job %s: %s", job, error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 5.0)
-        else:
-            return

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from flame.controller.context import Context, log
-from flame.controller.lifecycle import Gone
+from flame.controller.events import Gone
 from flame.errors import FlameError, RunnerError
 from flame.runners.base import WorkerExit, WorkerInfo, WorkerSpec
 from flame.spec.records import Failure

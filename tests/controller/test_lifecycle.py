@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from flame.controller.lifecycle import (
-    TRANSITIONS,
+from flame.controller.events import (
     Action,
     Admit,
     Ask,
@@ -23,21 +22,17 @@ from flame.controller.lifecycle import (
     Event,
     Failed,
     Gone,
-    JobLife,
     Kill,
     Missing,
     Running,
     Silent,
     Start,
     Stop,
-    TaskLife,
     Terminated,
     TimeUp,
     Warn,
-    quorums,
-    settle,
-    step,
 )
+from flame.controller.lifecycle import TRANSITIONS, JobLife, TaskLife, quorums, settle, step
 from flame.errors import Conflict
 from flame.spec.records import Failure, JobState, TaskState
 
