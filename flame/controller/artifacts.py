@@ -6,14 +6,18 @@ An artifact is written beside its place and moved there when it is whole, so nob
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from flame.errors import NotFound, SpecError, StoreError
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
@@ -58,24 +62,30 @@ class Artifacts:
         :raises flame.errors.StoreError: the disk is full, or the folder is not writable.
         """
         path = self.path(job, name)
+        partial = await self._disk(path, _create, path.parent)
+        size = 0
         try:
-            partial = await asyncio.to_thread(_create, path.parent)
-            try:
-                size = 0
-                async for piece in data:
-                    size += len(piece)
-                    if size > self._limit:
-                        raise SpecError(f"The artifact {name!r} is larger than the {self._limit} bytes allowed.")
-                    await asyncio.to_thread(partial.write, piece)
-                await asyncio.to_thread(partial.close)
-                Path(partial.name).replace(path)
-            except BaseException:
+            async for piece in data:
+                size += len(piece)
+                if size > self._limit:
+                    raise SpecError(f"The artifact {name!r} is larger than the {self._limit} bytes allowed.")
+                await self._disk(path, partial.write, piece)
+            await self._disk(path, partial.close)
+            await self._disk(path, os.replace, partial.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
                 partial.close()
-                Path(partial.name).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise StoreError(f"The artifact {name!r} cannot be written to {path}: {error.strerror}.") from error
+            Path(partial.name).unlink(missing_ok=True)
+            raise
         return path
+
+    @staticmethod
+    async def _disk(path: Path, work: Callable[..., T], *args: Any) -> T:
+        """Something that may take long or fail, as disks do. (What the sender does wrong looks alike, and is not this.)"""
+        try:
+            return await asyncio.to_thread(work, *args)
+        except OSError as error:
+            raise StoreError(f"The artifact {path.name!r} cannot be written to {path}: {error.strerror}.") from error
 
     async def remove(self, job: str) -> None:
         """Remove all artifacts of a job."""
