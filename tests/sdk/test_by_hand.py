@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "mqtt"))
 from byhand import Hand
+from mqttkit import Mosquitto
 
 # Scripts as people wrote them for Flame's library: its imports, no call of the parent's __init__, argparse at the end.
 
@@ -225,9 +227,20 @@ def hand(tmp_path):
         one.stop()
 
 
-def test_scripts_written_for_flames_library_run_as_they_are(hand, scripts):
+@pytest.fixture(params=["p2p", "mqtt"])
+def network(request, tmp_path):
+    """A backend and where its meeting point is."""
+    if request.param == "p2p":
+        yield {}
+        return
+    mosquitto = Mosquitto(tmp_path / "mosquitto")
+    yield {"backend": "mqtt", "broker": mosquitto.address}
+    mosquitto.kill()
+
+
+def test_scripts_written_for_flames_library_run_as_they_are(hand, scripts, network):
     trainer, aggregator = scripts(trainer=FLAME_TRAINER, aggregator=FLAME_AGGREGATOR)
-    job = hand(policy={"minTrainers": 2}, hyperparameters={"batchSize": 32, "epochs": 4, "rounds": 5})
+    job = hand(policy={"minTrainers": 2}, hyperparameters={"batchSize": 32, "epochs": 4, "rounds": 5}, **network)
     top = job.start("aggregator", 0, aggregator)
     others = [job.start("trainer", number, trainer) for number in (1, 2)]
     assert top.end() == 0, top.text
@@ -273,6 +286,23 @@ def test_trainers_outlive_their_aggregator_and_go_on_with_its_successor(hand, sc
     second = job.start("aggregator", 0, aggregator, attempt=2, peers={"param-channel": 2})
     assert [second.end(), *(worker.end() for worker in others)] == [0, 0, 0], second.text
     assert means(second) == [(1, 2, 2), (2, 4, 2), (3, 6, 2)]
+
+
+def test_a_job_outlives_the_restart_of_its_broker(hand, scripts, tmp_path):
+    trainer, aggregator = scripts(trainer=NUMPY_TRAINER, aggregator=NUMPY_AGGREGATOR)
+    mosquitto = Mosquitto(tmp_path / "mosquitto", persistence=True)
+    try:
+        job = hand(backend="mqtt", broker=mosquitto.address, hyperparameters={"rounds": 300}, policy={"minTrainers": 2})
+        top = job.start("aggregator", 0, aggregator, peers={"param-channel": 2})
+        others = [job.start("trainer", number, trainer) for number in (1, 3)]
+        for number in (20, 120):
+            top.wait_for(f"mean {number} ")
+            mosquitto.kill()
+            mosquitto.start()
+        assert [top.end(), *(worker.end() for worker in others)] == [0, 0, 0], top.text
+        assert means(top)[-1] == (300, 600, 2)
+    finally:
+        mosquitto.kill()
 
 
 def test_a_trainer_that_raises_ends_with_its_traceback_and_the_others_go_on(hand, scripts):
