@@ -1,6 +1,6 @@
 """What all commands share: lazy groups, common options, and how a command ends.
 
-Exit status: 0 done; 1 refused or failed; 2 wrong usage; 70 a fault of Flame itself; 130 interrupted; 141 nobody reads the output.
+Exit status: 0 done; 1 refused or failed; 2 wrong usage; 70 a fault of Flame itself; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ FAILED = 1
 USAGE = 2
 FAULT = 70
 INTERRUPTED = 130
-BROKEN_PIPE = 141
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -117,10 +116,9 @@ def finish(command: click.Command, arguments: list[str] | None) -> NoReturn:
         click.echo("Interrupted.", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python complains when it flushes at its end
-        sys.exit(BROKEN_PIPE)
+        # Who was to read has left. Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except Exception as error:
         click.echo(f"Error: Flame has a fault of its own ({type(error).__name__}: {error}). {_traceback()}", err=True)
         sys.exit(FAULT)

@@ -12,7 +12,6 @@ from typing import Any
 import click
 import pytest
 
-from flame.cli.app import LazyGroup
 from flame.cli.main import flame as root
 
 WAITS = "import signal; print('up', flush=True); signal.pause()"
@@ -40,14 +39,7 @@ def test_every_help_says_what_it_does_and_shows_an_example(path: tuple[str, ...]
     assert re.search(rf"^ +(\w+=\S+ )?flame {' '.join(path)}", example, re.MULTILINE)
 
 
-def test_the_help_of_the_groups_is_that_of_the_commands() -> None:
-    assert isinstance(root, LazyGroup)
-    for path, command in commands(root):
-        if len(path) == 1:
-            assert root._lazy[path[0]][1].rstrip(".").split()[0] in (command.help or "") or command.help
-
-
-def test_the_examples_of_the_help_are_valid_commands(flame: Any) -> None:
+def test_help_is_there_under_both_its_names(flame: Any) -> None:
     assert "Usage: flame [OPTIONS] COMMAND" in flame("--help")
     assert "flame run examples/digits" in flame("run", "-h")
 
@@ -236,12 +228,12 @@ def test_a_fault_of_flame_itself_is_one_sentence_and_a_file(flame: Any, tmp_path
     assert "Traceback" in Path(path.group(1)).read_text()
 
 
-def test_a_reader_who_leaves_early_is_no_error(flame: Any) -> None:
+def test_a_reader_who_leaves_early_ends_it_without_a_word(flame: Any) -> None:
     process = flame.begin("job", "expand", flame.job("digits"), "-o", "json")
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(20) == 141
+    assert process.wait(20) == 1
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(flame: Any, server: Any) -> None:
