@@ -18,7 +18,11 @@ folder = Path(__file__).parent
 rng = np.random.default_rng(7)
 digits = load_digits()
 x, x_test, y, y_test = train_test_split(
-    digits.images.astype(np.uint8), digits.target.astype(np.uint8), test_size=0.2, random_state=7, stratify=digits.target
+    digits.images.astype(np.uint8),
+    digits.target.astype(np.uint8),
+    test_size=0.2,
+    random_state=7,
+    stratify=digits.target,
 )
 np.savez_compressed(folder / "aggregator" / "held-out.npz", x=x_test, y=y_test)
 site = np.empty(len(y), int)
