@@ -43,6 +43,8 @@ class Options:
     :ivar slots: how many workers may be there at once; None: what the runner says.
     :ivar lease: after how many seconds without a word a worker counts as lost.
     :ivar deploy: after how many seconds a worker counts as lost that has never said a word.
+    :ivar reunion: after how many seconds a worker counts as lost, at the earliest, that a restarted server has not heard of:
+        it must notice that the server is back.
     :ivar grace: how many seconds a worker gets to end by itself when it is asked to.
     :ivar parting: how many seconds a worker gets to leave once its task has ended.
     :ivar registry: where metrics and models go when a job does not say.
@@ -55,6 +57,7 @@ class Options:
     slots: int | None = None
     lease: float = 20.0
     deploy: float = 120.0
+    reunion: float = 15.0
     grace: float = 5.0
     parting: float = 5.0
     registry: Registry = field(default_factory=lambda: Registry(sort="local"))

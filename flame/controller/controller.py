@@ -63,8 +63,7 @@ class Controller:
 
     async def open(self) -> None:
         """Connect to the computes and take up what an earlier process of the server has left."""
-        for runner in self.context.runners.values():
-            await recover(self.context, runner, self._watch, self._worker_exited)
+        await recover(self.context, self._watch, self._worker_exited)
         if self.slots is None:
             import os
 

@@ -19,11 +19,10 @@ from flame.spec.records import JobState
 _UNDER_WAY = [state for state in JobState if not state.ended and state is not JobState.READY]
 
 
-async def recover(context: Context, runner: Runner, watch: Callable[[Supervisor], None], on_exit: ExitCallback) -> None:
+async def recover(context: Context, watch: Callable[[Supervisor], None], on_exit: ExitCallback) -> None:
     """Take up every job that is under way.
 
-    :param context: the controller's surroundings.
-    :param runner: where the workers are; it is opened here.
+    :param context: the controller's surroundings; its runners are opened here.
     :param watch: takes each supervisor, before anything can happen to it.
     :param on_exit: told of workers that end.
     """
@@ -35,17 +34,20 @@ async def recover(context: Context, runner: Runner, watch: Callable[[Supervisor]
             supervisor = Supervisor(context, saved, tasks, history)
             watch(supervisor)
             found.append((supervisor, history))
-    await runner.open(on_exit)
     workers: dict[str, list[WorkerInfo]] = {}
-    for info in await runner.list():
-        workers.setdefault(info.job, []).append(info)
+    homes: dict[WorkerInfo, Runner] = {}
+    for runner in context.runners.values():
+        await runner.open(on_exit)
+        for info in await runner.list():
+            workers.setdefault(info.job, []).append(info)
+            homes[info] = runner
     for supervisor, history in found:
         mine = workers.pop(supervisor.id, [])
         await supervisor.resume(mine, history)
         log.info("job %s (%s) goes on with %d workers", supervisor.id, supervisor.job.name, len(mine))
     for info in [info for left in workers.values() for info in left]:
         log.warning("worker %s of task %s belongs to no job that is under way; it is ended", info.handle, info.task)
-        context.background.spawn(_end(runner, info))
+        context.background.spawn(_end(homes[info], info))
 
 
 async def read_history(context: Context, job: str) -> History:

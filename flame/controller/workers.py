@@ -90,9 +90,10 @@ class Crew:
         return worker
 
     def adopt(self, info: WorkerInfo, role: str) -> Worker:
-        """An earlier process of the server has started this worker, and it is there. It has a lease's time to be heard."""
+        """An earlier process of the server has started this worker, and it is there: it has some time to come back."""
         worker = self.expect(info.task, info.attempt)
-        self._context.leases.begin((self._job, info.task, info.attempt))
+        options = self._context.options
+        self._context.leases.begin((self._job, info.task, info.attempt), max(options.lease, options.reunion))
         worker.info = info
         worker.heard = True
         worker.started.set()

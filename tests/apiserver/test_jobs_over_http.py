@@ -74,6 +74,13 @@ async def test_a_job_runs_from_submission_to_its_end(served: Any, make_code: Any
             await asyncio.sleep(0.01)
 
 
+async def test_workers_need_no_token_of_the_server(make_server: Any, make_code: Any, make_form: Any) -> None:
+    async with make_server(token="secret") as served:
+        job = await submit(served, make_code(), make_form)
+        await served.client.jobs.start(job)
+        assert (await served.client.jobs.wait(job)).state is JobState.COMPLETED
+
+
 async def test_a_task_failure_reaches_the_user_with_cause_and_log(served: Any, make_code: Any, make_form: Any) -> None:
     gate = str(served.data_dir / "gate")
     job = await submit(served, make_code(FAILS, WAITS.format(gate=gate)), make_form)
