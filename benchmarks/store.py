@@ -23,9 +23,9 @@ from flame.store import open_store
 COROUTINES = 200
 
 
-async def through_the_store(folder: Path, operations: int) -> tuple[float, float, float]:
+async def through_the_store(url: str, folder: Path, operations: int) -> tuple[float, float, float]:
     """Operations a second with appends and replaces by turns; the same with publishing and a follower; median latency of one write alone in seconds."""
-    store = open_store("sqlite:///flame.db", folder)
+    store = open_store(url, folder)
     each = operations // COROUTINES // 2
 
     async def work(worker: int) -> None:
@@ -90,12 +90,13 @@ def main() -> None:
     """Take turns, and report the medians."""
     parser = argparse.ArgumentParser(description="The speed of the store beside bare SQLite's.")
     parser.add_argument("--operations", type=int, default=40_000)
+    parser.add_argument("--db", default="sqlite:///flame.db", help="an empty MongoDB database, with --repeat 1")
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     runs = []
     for _ in range(arguments.repeat):
         with tempfile.TemporaryDirectory() as folder:
-            ours = asyncio.run(through_the_store(Path(folder), arguments.operations))
+            ours = asyncio.run(through_the_store(arguments.db, Path(folder), arguments.operations))
             runs.append((*ours, bare(Path(folder), arguments.operations)))
     rate, published, alone, raw = (statistics.median(column) for column in zip(*runs, strict=True))
     ratio = statistics.median(run[0] / run[3] for run in runs)

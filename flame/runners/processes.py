@@ -59,6 +59,14 @@ def scan() -> list[Found]:
     return found
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """False for a process that is gone, for a zombie, and where its number is another's now."""
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class ProcessTable:
     """Answers what processes there are, off the event loop. Those who ask at the same time share one scan."""
 
@@ -82,20 +90,22 @@ class ProcessTable:
         """Kill every process that carries a mark or is in a session, until none is left.
 
         :param session: as :attr:`Leader.session` gives it.
-        :param patience: seconds after which a process that does not die (it hangs in the kernel) is an error.
+        :param patience: seconds after which processes that do not die (in the kernel) or that go on multiplying are an error.
         :raises flame.errors.RunnerError: something is left.
         """
         deadline = time.monotonic() + patience
-        pause = 0.002
         while left := [found for found in await self.snapshot() if found.mark == mark or found.session == session]:
-            if time.monotonic() > deadline:
-                pids = ", ".join(str(found.process.pid) for found in left)
-                raise RunnerError(f"These processes of a worker do not end although they were killed: {pids}.")
             for found in left:
                 with contextlib.suppress(psutil.Error):
                     found.process.kill()  # psutil compares the time of creation: never a later process
-            await asyncio.sleep(pause)  # the kernel takes them down, and what they forked meanwhile is seen next
-            pause = min(pause * 2, 0.1)
+            # One that is going down has no environment any more, so the next look would pass it by.
+            pause = 0.001
+            while any(is_alive(found.process) for found in left) and time.monotonic() < deadline:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.1)
+            if time.monotonic() > deadline:
+                pids = ", ".join(str(found.process.pid) for found in left)
+                raise RunnerError(f"A worker's processes do not end although they were killed, at last {pids}.")
 
 
 class Leader:

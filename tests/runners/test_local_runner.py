@@ -178,7 +178,7 @@ async def test_ending_a_worker_ends_all_its_descendants(harness: Harness, behavi
     await harness.ready(worker)
     assert len(family := harness.processes()) == 5
     await runner.end(worker, grace=0.2)
-    assert not [process for process in family if alive(process)]
+    assert not [process for process in family if processes.is_alive(process)]
     assert harness.processes() == []
 
 
@@ -189,14 +189,7 @@ async def test_what_a_killed_worker_leaves_behind_is_ended_before_it_is_reported
     family = harness.processes()
     os.kill(int(worker.handle), 9)
     await eventually(lambda: bool(harness.exits))
-    assert not [process for process in family if alive(process)]
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert not [process for process in family if processes.is_alive(process)]
 
 
 async def test_fifty_workers_start_at_once_and_end_at_once(harness: Harness) -> None:
@@ -312,7 +305,7 @@ async def test_workers_outlive_a_killed_server_and_are_adopted_by_the_next(harne
 
     family = harness.processes()
     await asyncio.gather(runner.end(b, grace=0.2), runner.end(c, grace=0.2))
-    assert not [process for process in family if alive(process)]
+    assert not [process for process in family if processes.is_alive(process)]
     assert len(harness.exits) == 1
 
 
@@ -340,7 +333,7 @@ async def test_orphans_of_a_worker_whose_leader_is_gone_are_ended_too(harness: H
     again = await harness.open()
     assert list(await again.list()) == []
     await again.end(worker)
-    marked = [process for process in family if alive(process)]
+    marked = [process for process in family if processes.is_alive(process)]
     assert len(marked) <= 1  # the one without the mark, which nothing but its session connects with the worker
     for process in marked:
         process.kill()
