@@ -34,7 +34,7 @@ from flame.sdk.backends.p2p_handshake import Hello, SentAway, Welcome
 from flame.sdk.backends.p2p_loop import Loop
 from flame.sdk.backends.p2p_memory import Pool
 from flame.sdk.backends.p2p_peer import Room
-from flame.sdk.backends.p2p_stream import Stream, TlsStream, host_is_dead
+from flame.sdk.backends.p2p_stream import LOOK_SECONDS, Stream, TlsStream, host_is_silent
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ MAX_MESSAGE = 64 << 30
 #: How long leaving waits for peers to take what was sent. The kernel goes on delivering after that.
 LINGER_SECONDS = 2.0
 _SCRATCH = 256 << 10
-_LOOK_SECONDS = 2.0
 
 
 class P2pBackend(Backend):
@@ -178,7 +177,7 @@ class P2pBackend(Backend):
             on_end=room.ended,
         )
         if not stream.local and hasattr(socket, "TCP_INFO"):
-            self.loop.later(_LOOK_SECONDS, lambda: self._look_after(connection))
+            self.loop.later(LOOK_SECONDS, lambda: self._look_after(connection))
         return connection
 
     def _send_shared(self, connections: list[Connection], frames: Frames, deadline: float | None) -> dict[str, str]:
@@ -201,7 +200,7 @@ class P2pBackend(Backend):
                 if connection.take_credit(left):
                     failed.update(self._hand_over(connection, segment, record, deadline))
                 else:
-                    failed[connection.end] = connection.broken or "did not take the message in time"
+                    failed[connection.end] = connection.broken or "did not take a message in time"
         finally:
             segments.sent(segment)
         return failed
@@ -218,20 +217,28 @@ class P2pBackend(Backend):
             connection.forsake()
         return failed
 
-    def _look_after(self, connection: Connection) -> None:
+    def _look_after(self, connection: Connection, *, suspected: bool = False) -> None:
         """Timer: is the host at the other end still there? A kernel says so only to who asks while data is on its way."""
         if connection.broken is None and not self._closed:
             info = connection.stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-            if host_is_dead(info):
+            silent = host_is_silent(info)
+            if silent and suspected:
                 connection.end_with("is not reachable any more")
             else:
-                self.loop.later(_LOOK_SECONDS, lambda: self._look_after(connection))
+                self.loop.later(LOOK_SECONDS, lambda: self._look_after(connection, suspected=silent))
 
     # Listening.
 
     def _listen(self) -> None:
-        sock, address = p2p_address.listen_tcp(self.context.options, self.context.broker)
-        listening, addresses = [sock], [address]
+        listening: list[socket.socket] = []
+        addresses: list[str] = []
+        try:
+            sock, address = p2p_address.listen_tcp(self.context.options, self.context.broker)
+            listening, addresses = [sock], [address]
+        except OSError as error:
+            if not self.me.dials:
+                raise
+            log.warning("This worker does not listen (%s); it dials its peers.", error.strerror or error)
         unix = p2p_address.listen_unix() if self.same_host else None
         if unix is not None:
             listening.insert(0, unix[0])

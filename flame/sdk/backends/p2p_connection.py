@@ -538,7 +538,7 @@ def _wait_writable(outgoing: dict[int, _Outgoing], seconds: float | None) -> lis
 
 def _give_up(outgoing: _Outgoing, failed: dict[str, str]) -> None:
     connection = outgoing.connection
-    failed[connection.end] = "did not take the message in time"
+    failed[connection.end] = "did not take a message in time"
     if outgoing.sent:
         connection.fail("did not take a message in time")
     connection.unlock()

@@ -24,6 +24,7 @@ FDS = 4
 # A dead host is noticed after KEEP_IDLE + KEEP_COUNT * KEEP_INTERVAL seconds of silence. The kernel of the other host
 # answers these probes, so a process that is stopped, or busy in native code, does not count as dead.
 KEEP_IDLE, KEEP_INTERVAL, KEEP_COUNT = 4, 2, 3
+LOOK_SECONDS = 2.0
 DEAD_SECONDS = KEEP_IDLE + KEEP_INTERVAL * KEEP_COUNT
 
 
@@ -205,8 +206,10 @@ def tune(sock: socket.socket) -> None:
 _TCP_INFO = struct.Struct("<BBBBB3x13I")
 
 
-def host_is_dead(info: bytes) -> bool:
-    """Whether the host at the other end has stopped answering, by the kernel's ``TCP_INFO`` of a connection.
+def host_is_silent(info: bytes) -> bool:
+    """Whether the host at the other end owes an answer for long, by the kernel's ``TCP_INFO`` of a connection.
+
+    Seen twice in a row, :data:`LOOK_SECONDS` apart, it means that the host is gone; once may be a probe that was sent just now.
 
     Keepalive is silent while sent bytes wait to be acknowledged, and ``TCP_USER_TIMEOUT`` (RFC 5482) on Linux also ends
     connections to a host whose process merely does not read for a while. This tells the two apart: a living kernel
@@ -219,5 +222,5 @@ def host_is_dead(info: bytes) -> bool:
     fields = _TCP_INFO.unpack_from(info)
     retransmits, probes = fields[2], fields[3]
     unacknowledged, last_heard_ms = fields[5 + 4], fields[5 + 12]
-    waiting = (unacknowledged and retransmits >= 3) or probes >= 3
+    waiting = (unacknowledged and retransmits >= 3) or probes
     return bool(waiting) and last_heard_ms >= DEAD_SECONDS * 1000
