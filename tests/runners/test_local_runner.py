@@ -58,6 +58,7 @@ class Harness:
         self.exits: list[tuple[WorkerInfo, WorkerExit]] = []
         self.changed = asyncio.Condition()
         self.runners: list[LocalRunner] = []
+        self.seen: set[psutil.Process] = set()
 
     async def open(self) -> LocalRunner:
         runner = make_runner("local", self.config, instance=self.instance, data_dir=self.data_dir)
@@ -78,8 +79,9 @@ class Harness:
     def processes(self) -> list[psutil.Process]:
         """All processes of this harness, by the mark or by their parents."""
         marked = [found.process for found in processes.scan() if (found.mark or "").startswith(self.instance)]
-        family = {child for process in marked for child in descendants(process)}
-        return list({*marked, *family})
+        family = {*marked, *(child for process in marked for child in descendants(process))}
+        self.seen |= family
+        return list(family)
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:
@@ -107,7 +109,8 @@ async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
     yield harness
     for runner in harness.runners:
         await runner.close()
-    for process in harness.processes():
+    harness.processes()
+    for process in harness.seen:  # also what a failed test left without its mark
         with contextlib.suppress(psutil.Error):
             process.kill()
             reap(process.pid)
@@ -335,8 +338,6 @@ async def test_orphans_of_a_worker_whose_leader_is_gone_are_ended_too(harness: H
     await again.end(worker)
     marked = [process for process in family if processes.is_alive(process)]
     assert len(marked) <= 1  # the one without the mark, which nothing but its session connects with the worker
-    for process in marked:
-        process.kill()
 
 
 async def test_a_closed_runner_lets_its_workers_go_on(harness: Harness) -> None:
