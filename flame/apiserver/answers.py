@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from aiohttp import web
 
 from flame.errors import FlameError
 from flame.spec.records import Event, Record
+
+log = logging.getLogger("flame.apiserver")
 
 T = TypeVar("T")
 
@@ -97,6 +100,11 @@ async def _stream(
             await response.write_eof()
         except ConnectionError:
             pass  # the caller has gone
+        except Exception:
+            # It is too late for an answer that says so: only a broken connection tells a torn stream from a whole one.
+            log.exception("the stream %s %s broke off", request.method, request.path)
+            if request.transport is not None:
+                request.transport.abort()
         finally:
             following.cancel()
             await asyncio.wait([following])

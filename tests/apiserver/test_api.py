@@ -15,7 +15,7 @@ import pytest
 from flame.apiserver.app import ROUTES
 from flame.apiserver.routes import Access
 from flame.controller.keys import Keys
-from flame.errors import Conflict, NotFound, SpecError, Unauthorized, UsageError
+from flame.errors import Conflict, NotFound, SpecError, StoreError, Unauthorized, UsageError
 from flame.serve import ServeSettings, run_server
 from flame.spec.nouns import Dataset
 from flame.spec.records import JobState
@@ -278,6 +278,26 @@ async def test_a_stream_says_that_it_lives_and_its_end_frees_everything(
     async with asyncio.timeout(5):
         while notifier._streams:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+
+async def test_a_stream_that_fails_in_the_middle_is_not_taken_for_a_whole_one(
+    served: Any, make_code: Any, make_form: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    import aiohttp
+
+    digest = await served.client.code.upload(make_code())
+    job = await served.client.jobs.create(make_form(digest))
+
+    async def torn(*_: Any) -> Any:
+        yield []
+        raise StoreError("The disk is gone.")
+
+    monkeypatch.setattr(served.server.controller.context.notifier, "batches", torn)
+    async with served.http.get(f"{served.url}/v1/jobs/{job.id}/events?follow=true") as response:
+        assert response.status == 200
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    assert "The disk is gone." in caplog.text
 
 
 async def test_streams_end_when_the_server_does(make_server: Any, make_code: Any, make_form: Any) -> None:
