@@ -93,13 +93,13 @@ messages = st.dictionaries(st.sampled_from(["weights", "extra", "a", "b.c", "__m
 
 
 @given(messages)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_goes_in_comes_out(message):
     assert same(message, back(message).data)
 
 
 @given(messages, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_damaged_message_is_refused_or_read_but_never_worse(message, data):
     wire = bytearray(joined(message))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -109,7 +109,7 @@ def test_a_damaged_message_is_refused_or_read_but_never_worse(message, data):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_noise_is_refused(noise):
     with pytest.raises(CodecError):
         codec.decode(noise)

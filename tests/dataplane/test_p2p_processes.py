@@ -85,7 +85,7 @@ def test_a_stopped_process_is_not_dead_and_goes_on_where_it_was(aggregator, chil
     joined(a, "t1")
     sleeper.signal(signal.SIGSTOP)
     a.channel.send("t1", {"n": 1})
-    assert not a.channel.wait_until(lambda: not a.channel.has("t1"), 3)
+    assert not a.channel.wait_until(lambda: not a.channel.has("t1"), 2)
     sleeper.signal(signal.SIGCONT)
     assert a.channel.recv("t1", timeout=30)[0]["n"] == 1
 
