@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from mqttkit import Ears, Mosquitto, Workers, send
 
-MODEL = 100 << 20
-
 
 class Progress:
     """Counts the chunks that arrive, so that a test can act in the middle of a transfer."""
@@ -19,7 +17,7 @@ class Progress:
     def __init__(self, worker: object) -> None:
         self.count = 0
         self.changed = threading.Condition()
-        client = worker._client._paho  # type: ignore[attr-defined]
+        client = worker._line._client._paho  # type: ignore[attr-defined]
         inner = client.on_message
 
         def counted(client: object, data: object, message: object) -> None:
@@ -36,8 +34,8 @@ class Progress:
             assert self.changed.wait_for(lambda: self.count >= goal, 60)
 
 
-@pytest.mark.parametrize("persistence", [False, True], ids=["forgets", "remembers"])
-def test_a_model_arrives_although_the_broker_is_killed_twice(tmp_path: Path, persistence: bool) -> None:
+@pytest.mark.parametrize(("persistence", "size"), [(False, 100 << 20), (True, 40 << 20)], ids=["forgets", "remembers"])
+def test_a_model_arrives_although_the_broker_is_killed_twice(tmp_path: Path, persistence: bool, size: int) -> None:
     broker = Mosquitto(tmp_path, persistence=persistence)
     workers = Workers(broker.address)
     try:
@@ -45,12 +43,12 @@ def test_a_model_arrives_although_the_broker_is_killed_twice(tmp_path: Path, per
         trainers = {f"t{i}": workers.join(f"t{i}") for i in range(4)}
         ears.sees(*trainers)
         progress = Progress(trainers["t0"][0])
-        model = os.urandom(1 << 20) * (MODEL >> 20)
+        model = os.urandom(1 << 20) * (size >> 20)
         result: list[dict[str, str]] = []
         sending = threading.Thread(target=lambda: result.append(send(aggregator, list(trainers), model)))
         sending.start()
         for _ in range(2):
-            progress.wait(60)
+            progress.wait(40)
             broker.kill()
             assert not result
             broker.start()
@@ -127,7 +125,7 @@ def test_who_dies_while_the_broker_is_away_is_reported(tmp_path: Path, persisten
         dead, _ = workers.join("three")
         ears.sees("two", "three")
         broker.kill()
-        dead._client.close()  # type: ignore[union-attr]
+        dead._line.close()  # type: ignore[union-attr]
         broker.start()
         ears.sees("two")
         heard.sees("one")

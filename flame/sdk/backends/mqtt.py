@@ -22,19 +22,19 @@ import queue
 import secrets
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
 from flame.errors import BackendError
 from flame.sdk.backends.base import Backend, BackendContext, Frames, Sink
-from flame.sdk.backends.mqtt_client import PACKET_TOO_LARGE, PROTOCOL_ERROR, TAKEN_OVER, Client, Settings
+from flame.sdk.backends.mqtt_client import Settings
+from flame.sdk.backends.mqtt_line import Line
 from flame.sdk.backends.mqtt_receive import Intake
 from flame.sdk.backends.mqtt_roster import LOST_SECONDS, Peer, Roster
 from flame.sdk.backends.mqtt_send import Outbox, Sending
 from flame.sdk.backends.mqtt_wire import (
     LAST_BEAT,
-    OVERHEAD,
     Ack,
     Chunk,
     Epoch,
@@ -52,17 +52,14 @@ from flame.sdk.backends.mqtt_wire import (
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 * 1024
-CHUNK_LEAST = 512
-#: Any broker takes messages of this size, so a broken connection is not put down to it.
-CHUNK_SAFE = 4096
 #: A message up to this size is copied and sent at once, with no offer before it.
 SMALL_BYTES = 64 * 1024
 #: Small messages to one end that may be behind before :meth:`MqttBackend.send` waits.
 BACKLOG = 64
-#: Chunks that the broker may have left unacknowledged, over all channels.
-UNACKNOWLEDGED = 48
 #: Subscriptions to topics of sets of receivers that are kept; selectors may choose another set each round.
 SHARED_TOPICS = 64
+#: How many calls may be made before what follows from them is done.
+BATCH = 32
 FLUSH_SECONDS = 10.0
 GOODBYE_SECONDS = 2.0
 
@@ -108,20 +105,11 @@ class MqttBackend(Backend):
         self._inboxes: dict[str, Seat] = {}
         self._shared: OrderedDict[str, Seat] = OrderedDict()
         self._confirmed: set[str] = set()  # shared topics that the broker sends us
-        self._client: Client | None = None
+        self._line: Line | None = None
         self._starting = threading.Lock()
-        self._connected = False
-        self._connection = 0
         self._beat = 0
-        self._chunk = CHUNK_BYTES
-        self._chunk_wanted = int(context.options.get("mqtt_chunk_bytes", CHUNK_BYTES))
+        self._chunk = int(context.options.get("mqtt_chunk_bytes", CHUNK_BYTES))
         self._failed: str | None = None
-        self._warned = False
-        self._published: dict[int, Callable[[str | None], None] | None] = {}  # by packet id, not acknowledged yet
-        self._unpublished: deque[tuple[str, bytes, bool, Callable[[str | None], None] | None]] = deque()
-        self._unacknowledged = UNACKNOWLEDGED
-        self._subscribing: dict[int, Callable[[bool], None]] = {}
-        self._deferred: list[tuple[list[str], Callable[[bool], None]]] = []  # subscriptions without a connection
         self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[object, ...]]] = queue.SimpleQueue()
         self._running = True
         self._thread = threading.Thread(target=self._run, name="flame-mqtt", daemon=True)
@@ -131,7 +119,9 @@ class MqttBackend(Backend):
     def join(self, channel: str, group: str, sink: Sink) -> None:
         """See the base class. Connects on the first call, trying for ten seconds."""
         with self._starting:
-            if self._client is None:
+            if not self._running:
+                raise BackendError("This worker has closed its mqtt backend; make a new one.")
+            if self._line is None:
                 self._start()
         answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._post(self._join, (channel, group), sink, answer)
@@ -146,7 +136,7 @@ class MqttBackend(Backend):
     def leave(self, channel: str, group: str) -> None:
         """See the base class. Waits ten seconds at most for ends that do not take what was sent to them."""
         seat = self._seats.get((channel, group))
-        if seat is None or self._client is None:
+        if seat is None or self._line is None:
             return
         if self._failed is None:
             seat.flushed = threading.Event()
@@ -164,8 +154,9 @@ class MqttBackend(Backend):
         if seat is None or self._failed is not None:
             return dict.fromkeys(ends, self._failed or "is not there")
         done = threading.Event()
+        chunk = self._line.chunk if self._line is not None else self._chunk
         parts = [memoryview(frames.head), *frames.buffers]
-        small = frames.nbytes <= min(SMALL_BYTES, self._chunk)
+        small = frames.nbytes <= min(SMALL_BYTES, chunk)
         if small:
             parts = [memoryview(b"".join(parts))]
             seat.behind += 1
@@ -174,9 +165,9 @@ class MqttBackend(Backend):
                 seat.behind -= 1
                 done.set()
 
-            sending = Sending(parts, self._chunk, small, finished)
+            sending = Sending(parts, chunk, small, finished)
         else:
-            sending = Sending(parts, self._chunk, small, done.set)
+            sending = Sending(parts, chunk, small, done.set)
         self._post(self._submit, seat, sending, list(ends))
         if small and seat.behind <= BACKLOG:
             return {end: "is not there" for end in ends if end not in seat.present}
@@ -194,43 +185,38 @@ class MqttBackend(Backend):
     def close(self) -> None:
         """See the base class."""
         with self._starting:
-            client, self._client = self._client, None
-            if client is None:
+            line = self._line
+            if line is None or not self._running:
                 self._running = False
                 return
-        self._client = client
-        for channel, group in list(self._seats):
-            self.leave(channel, group)
-        self._client = None
-        if self._failed is None:
-            gone = threading.Event()
-            self._post(self._say_goodbye, client, gone)
-            gone.wait(GOODBYE_SECONDS)
-        self._running = False
-        self._post(self._turn)
-        client.close()
+            for channel, group in list(self._seats):
+                self.leave(channel, group)
+            if self._failed is None:
+                gone = threading.Event()
+                self._post(self._say_goodbye, line, gone)
+                gone.wait(GOODBYE_SECONDS)
+            self._running = False
+            self._post(self._turn)
+            line.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _start(self) -> None:
         # Stable for a start of the task; a start that was thought dead does not throw out its successor.
         name = "\0".join((self.context.job, self._me, str(self._epoch.attempt)))
-        client = Client(
+        line = Line(
             self._settings,
             "flame" + hashlib.sha256(name.encode()).hexdigest()[:18],
-            will=lambda n: (self._presence, self._presence_payload(n, "lost its connection to the broker")),
-            on_connect=lambda *args: self._post(self._on_connect, *args),
-            on_disconnect=lambda *args: self._post(self._on_disconnect, *args),
-            on_message=lambda *args: self._post(self._on_message, *args),
-            on_published=lambda *args: self._post(self._on_published, *args),
-            on_subscribed=lambda *args: self._post(self._on_subscribed, *args),
+            self._chunk,
+            post=self._post,
+            will=lambda number: (self._presence, self._presence_payload(number, "lost its connection to the broker")),
+            message=self._on_message,
+            up=self._on_up,
+            lost=self._on_lost,
+            smaller=self._on_smaller,
         )
-        self._client = client
-        try:
-            client.connect()
-        except BackendError:
-            self._client = None
-            raise
+        line.connect()
+        self._line = line
         self._thread.start()
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
@@ -243,86 +229,66 @@ class MqttBackend(Backend):
             deadline = self._deadline()
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             with contextlib.suppress(queue.Empty):
-                call, args = self._calls.get(timeout=wait)
-                call(*args)
-                for _ in range(min(self._calls.qsize(), UNACKNOWLEDGED)):
-                    call, args = self._calls.get_nowait()
-                    call(*args)
-            self._turn()
+                self._do(*self._calls.get(timeout=wait))
+                for _ in range(min(self._calls.qsize(), BATCH)):
+                    self._do(*self._calls.get_nowait())
+            self._do(self._turn, ())
+
+    def _do(self, call: Callable[..., None], args: tuple[object, ...]) -> None:
+        try:
+            call(*args)
+        except Exception:
+            # One message that a channel cannot take must not end all of them.
+            log.exception("Something went wrong in the mqtt backend; going on.")
 
     def _turn(self) -> None:
-        now = time.monotonic()
-        if self._connected and self._failed is None:
-            room = self._unacknowledged - len(self._published)
+        line, now = self._line, time.monotonic()
+        if line is not None and line.connected and self._failed is None:
+            room = line.room
             for seat in list(self._seats.values()):
                 room = seat.outbox.pump(now, room)
             for peer in self._roster.check(now):
-                self._ask(peer)
+                self._ask(line, peer)
         for seat in self._seats.values():
             if seat.flushed is not None and seat.outbox.idle:
                 seat.flushed.set()
 
     def _deadline(self) -> float | None:
-        if not self._connected or self._failed is not None:
+        if self._line is None or not self._line.connected or self._failed is not None:
             return None
         times = [seat.outbox.deadline() for seat in self._seats.values()]
         return min((each for each in (*times, self._roster.deadline()) if each is not None), default=None)
 
     # The connection.
 
-    def _on_connect(self, number: int, max_packet: int | None, receive_maximum: int) -> None:
-        self._connected = True
-        self._unacknowledged = min(UNACKNOWLEDGED, receive_maximum)
-        self._connection = number
+    def _on_up(self, number: int) -> tuple[list[str], Callable[[bool], None]]:
         now = time.monotonic()
-        room = self._chunk_wanted if max_packet is None else max_packet - OVERHEAD
-        self._chunk = max(CHUNK_LEAST, min(self._chunk_wanted, room))
         if number > 1:
-            log.info("The connection to the MQTT broker is back.")
             self._roster.doubt_all(now)
-        waiting, self._deferred = self._deferred, []
-        followers = [*self._subscribing.values(), *(then for _, then in waiting)]
-        self._subscribing.clear()
-        self._confirmed.clear()
-
-        def then(granted: bool) -> None:
-            self._announce()
-            self._confirmed.update(self._shared)
-            for follower in followers:
-                follower(granted)
-
-        everyone = presence_topic(self.context.job, "+")
-        self._subscribe([everyone, *self._inboxes, *self._shared], then)
         for seat in self._seats.values():
             seat.outbox.reconnected(now)
+        self._confirmed.clear()
+        shared = list(self._shared)
 
-    def _on_disconnect(self, reason: str, code: int) -> None:
-        if self._connected and self._running and self._client is not None:
-            log.warning("The connection to the MQTT broker is lost (%s); trying on.", reason)
-        self._connected = False
-        if code == TAKEN_OVER:
+        def then(granted: bool) -> None:
+            self._confirmed.update(topic for topic in shared if topic in self._shared)
+            self._announce()
+
+        return [presence_topic(self.context.job, "+"), *self._inboxes, *shared], then
+
+    def _on_lost(self, taken_over: bool) -> None:
+        if taken_over:
             self._fail("was replaced by another start of the same task")
-        elif code in (PROTOCOL_ERROR, PACKET_TOO_LARGE) and self._published:
-            self._send_smaller()
 
-    def _send_smaller(self) -> None:
-        """A limit that the broker does not announce (``message_size_limit`` of Mosquitto) shows in this way only."""
-        if self._client is None or self._chunk <= CHUNK_SAFE:
-            return
-        self._chunk_wanted = self._chunk = max(CHUNK_SAFE, self._chunk // 2)
-        log.warning("The MQTT broker may take no messages of this size; going on with %d bytes.", self._chunk)
-        self._client.forget()
-        waiting = [*self._published.values(), *(each[-1] for each in self._unpublished)]
-        self._published.clear()
-        self._unpublished.clear()
-        for then in waiting:
-            if then is not None:
-                then(None)  # a presence message, and the next connection begins with one
-        for seat in self._seats.values():
-            seat.outbox.cut_smaller(self._chunk, time.monotonic())
+    def _on_smaller(self) -> None:
+        if self._line is not None:
+            for seat in self._seats.values():
+                seat.outbox.cut_smaller(self._line.chunk, time.monotonic())
 
     def _fail(self, reason: str) -> None:
         """This worker is out for good."""
+        if self._failed is not None:
+            return
         log.error("This worker %s; it is off the MQTT broker.", reason)
         self._failed = reason
         for seat in list(self._seats.values()):
@@ -330,57 +296,16 @@ class MqttBackend(Backend):
                 self._peer_left(seat.place, end, "cannot be reached: this worker " + reason)
             if seat.flushed is not None:
                 seat.flushed.set()
-        client = self._client
-        if client is not None:
+        if self._line is not None:
             # In a thread of its own: it waits for paho's, and the caller may close at the same time.
-            threading.Thread(target=client.close, name="flame-mqtt-close", daemon=True).start()
-
-    def _subscribe(self, topics: list[str], then: Callable[[bool], None]) -> None:
-        mid = self._client.subscribe(topics) if self._client is not None and self._connected else None
-        if mid is None:
-            self._deferred.append((topics, then))
-        else:
-            self._subscribing[mid] = then
-
-    def _on_subscribed(self, mid: int, granted: bool) -> None:
-        then = self._subscribing.pop(mid, None)
-        if then is not None:
-            then(granted)
-
-    def _publish(
-        self,
-        topic: str,
-        payload: bytes,
-        qos: int = 1,
-        *,
-        retain: bool = False,
-        then: Callable[[str | None], None] | None = None,
-    ) -> None:
-        if self._client is None:
-            return
-        if qos == 0:
-            self._client.publish(topic, payload, 0)
-        elif len(self._published) >= self._unacknowledged:
-            self._unpublished.append((topic, payload, retain, then))
-        else:
-            self._published[self._client.publish(topic, payload, 1, retain=retain)] = then
-
-    def _on_published(self, mid: int, refusal: str | None) -> None:
-        then = self._published.pop(mid, None)
-        if refusal is not None and not self._warned:
-            self._warned = True
-            log.warning("The MQTT broker refuses what this worker publishes: %s.", refusal)
-        if then is not None:
-            then(refusal)
-        while self._unpublished and len(self._published) < self._unacknowledged:
-            topic, payload, retain, then = self._unpublished.popleft()
-            self._publish(topic, payload, retain=retain, then=then)
+            threading.Thread(target=self._line.close, name="flame-mqtt-close", daemon=True).start()
 
     # Coming and going.
 
     def _join(self, place: Place, sink: Sink, answer: queue.SimpleQueue[str | None]) -> None:
-        if self._failed is not None:
-            answer.put("it " + self._failed)
+        line = self._line
+        if self._failed is not None or line is None:
+            answer.put(f"it {self._failed or 'is closed'}")
             return
         topics = Topics(self.context.job, *place)
         seat = Seat(place, sink, topics)
@@ -389,7 +314,7 @@ class MqttBackend(Backend):
             topic = topics.shared(self._me, shared) if shared else topics.inbox(end)
             # What is only news and is asked for again when lost needs no acknowledgement of the broker.
             qos = 0 if isinstance(said, Ack | Status | Ping) else 1
-            self._publish(topic, self._seal.seal(topic, said, body), qos)
+            line.publish(topic, self._seal.seal(topic, said, body), qos)
 
         def deliver(end: str, data: memoryview | bytes) -> None:
             nbytes = len(data)
@@ -414,7 +339,7 @@ class MqttBackend(Backend):
             else:
                 answer.put("not authorised to subscribe")
 
-        self._subscribe([inbox], listening)
+        line.subscribe([inbox], listening)
         for peer in self._roster.peers.values():
             if place in peer.here:
                 self._peer_joined(place, peer)
@@ -427,21 +352,20 @@ class MqttBackend(Backend):
             if its is seat:
                 self._inboxes.pop(topic, None)
                 self._shared.pop(topic, None)
-                if self._client is not None:
-                    self._client.unsubscribe(topic)
-        if self._failed is None and self._connected:
+                if self._line is not None:
+                    self._line.unsubscribe(topic)
+        if self._failed is None and self._line is not None and self._line.connected:
             self._announce(lambda refusal: done.set())
         else:
             done.set()
 
-    def _say_goodbye(self, client: Client, gone: threading.Event) -> None:
+    def _say_goodbye(self, line: Line, gone: threading.Event) -> None:
         """Tell the others, then leave nothing behind at the broker."""
-        if not self._connected:
+        if not line.connected:
             gone.set()
             return
-        payload = self._presence_payload(self._connection, "left")
-        client.publish(self._presence, payload, 1)
-        self._published[client.publish(self._presence, b"", 1, retain=True)] = lambda refusal: gone.set()
+        line.publish(self._presence, self._presence_payload(line.connection, "left"))
+        line.publish(self._presence, b"", retain=True, then=lambda refusal: gone.set())
 
     def _presence_payload(self, connection: int, left: str = "") -> bytes:
         beat = LAST_BEAT if left else self._beat
@@ -450,8 +374,9 @@ class MqttBackend(Backend):
         return self._seal.seal(self._presence, said)
 
     def _announce(self, then: Callable[[str | None], None] | None = None) -> None:
-        self._beat += 1
-        self._publish(self._presence, self._presence_payload(self._connection), retain=True, then=then)
+        if self._line is not None:
+            self._beat += 1
+            self._line.publish(self._presence, self._presence_payload(self._line.connection), retain=True, then=then)
 
     def _peer_joined(self, place: Place, peer: Peer) -> None:
         seat = self._seats.get(place)
@@ -469,12 +394,12 @@ class MqttBackend(Backend):
             seat.intake.part(end)
             seat.sink.on_leave(end, reason)
 
-    def _ask(self, peer: Peer) -> None:
+    def _ask(self, line: Line, peer: Peer) -> None:
         for place in peer.here:
             if place in self._seats:
                 topic = Topics(self.context.job, *place).inbox(peer.member.end)
                 said = Ping(self._me, self._epoch.nonce, peer.epoch)
-                self._publish(topic, self._seal.seal(topic, said), 0)
+                line.publish(topic, self._seal.seal(topic, said), 0)
                 return
 
     # Messages.
@@ -495,15 +420,17 @@ class MqttBackend(Backend):
 
     def _listen(self, seat: Seat, end: str, name: str) -> None:
         """Subscribe to a topic that ``end`` publishes on for a set of receivers; the oldest one is given up for it."""
-        topic = seat.topics.shared(end, name)
+        topic, line = seat.topics.shared(end, name), self._line
+        if line is None:
+            return
         if topic in self._confirmed:
             self._shared.move_to_end(topic)
             seat.intake.subscribed(end, name)
             return
-        while len(self._shared) >= SHARED_TOPICS and self._client is not None:
+        while len(self._shared) >= SHARED_TOPICS:
             oldest, _ = self._shared.popitem(last=False)
             self._confirmed.discard(oldest)
-            self._client.unsubscribe(oldest)
+            line.unsubscribe(oldest)
         self._shared[topic] = seat
 
         def then(granted: bool) -> None:
@@ -511,7 +438,7 @@ class MqttBackend(Backend):
                 self._confirmed.add(topic)
                 seat.intake.subscribed(end, name)
 
-        self._subscribe([topic], then)
+        line.subscribe([topic], then)
 
     def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
         opened = self._seal.open(topic, payload)
@@ -540,7 +467,8 @@ class MqttBackend(Backend):
         elif not said.answer and said.to == self._epoch.nonce:
             back = seat.topics.inbox(said.src)
             answer = Ping(self._me, self._epoch.nonce, said.epoch, answer=True)
-            self._publish(back, self._seal.seal(back, answer), 0)
+            if self._line is not None:
+                self._line.publish(back, self._seal.seal(back, answer), 0)
 
     def _on_presence(self, topic: str, said: Presence, retained: bool) -> None:
         if topic != presence_topic(self.context.job, said.member.end):
@@ -549,5 +477,5 @@ class MqttBackend(Backend):
             self._roster.hear(said, time.monotonic(), retained=retained)
         elif said.epoch > self._epoch and not said.left:
             self._fail("was replaced by another start of the same task")
-        elif self._connected and self._seats and (said.epoch != self._epoch or said.left):
+        elif self._seats and (said.epoch != self._epoch or said.left):
             self._announce()  # the will of an earlier connection or life has covered our own presence

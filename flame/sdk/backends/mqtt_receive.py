@@ -259,8 +259,8 @@ class Intake:
             data = source.parked.popleft()
             source.next += 1
             self._held += len(data)
-            self._ack(source)
             self._deliver(source.end, data)
+            self._ack(source)
 
     def _complete(self, source: Source, incoming: Incoming) -> None:
         source.incoming = None
@@ -268,9 +268,9 @@ class Intake:
         source.next += 1
         if not incoming.cut:
             self._chunks = min(CHUNKS_OF_ONE, self._chunks + 1)
-        self._ack(source)
         if incoming.buffer is not None:
             self._deliver(source.end, incoming.buffer.data)
+        self._ack(source)
 
     def _slow_down(self, incoming: Incoming) -> None:
         """Chunks were lost: let half as many be on their way, once for what was on its way then."""

@@ -23,12 +23,14 @@ class Peer:
 
     :ivar here: the seats that it is in; none when it is gone.
     :ivar doubtful_since: since when a sign of life is wanted; None: it gave one.
+    :ivar lost: it gave none in time.
     """
 
     def __init__(self, said: Presence) -> None:
         self.said = said
         self.here: frozenset[tuple[str, str]] = frozenset()
         self.doubtful_since: float | None = None
+        self.lost = False
         self.ask_at = 0.0
 
     @property
@@ -58,6 +60,7 @@ class Roster:
         self._joined = joined
         self._left = left
         self._lost_seconds = lost_seconds
+        self._ask_seconds = min(ASK_SECONDS, lost_seconds / 4)
         self.peers: dict[str, Peer] = {}
 
     def hear(self, said: Presence, now: float, *, retained: bool) -> None:
@@ -75,9 +78,9 @@ class Roster:
                 return
         new_life = said.epoch != peer.said.epoch
         before, peer.here = peer.here, frozenset() if said.left else frozenset(said.seats)
-        peer.said = said
+        peer.said, peer.lost = said, False
         peer.doubtful_since = now if retained and peer.here else None
-        peer.ask_at = now + ASK_SECONDS
+        peer.ask_at = now + self._ask_seconds
         for seat in before - peer.here:
             self._left(seat, end, said.left or "left the channel")
         for seat in peer.here if new_life else peer.here - before:
@@ -86,15 +89,20 @@ class Roster:
     def sign_of_life(self, end: str, epoch: int) -> None:
         """Something signed has come from that life of an end."""
         peer = self.peers.get(end)
-        if peer is not None and peer.epoch == epoch:
-            peer.doubtful_since = None
+        if peer is None or peer.epoch != epoch:
+            return
+        peer.doubtful_since = None
+        if peer.lost:  # it was only very slow
+            peer.lost, peer.here = False, frozenset(peer.said.seats)
+            for seat in peer.here:
+                self._joined(seat, peer)
 
     def doubt_all(self, now: float) -> None:
         """The connection was lost: news may have been missed."""
         for peer in self.peers.values():
             if peer.here and peer.doubtful_since is None:
                 peer.doubtful_since = now
-                peer.ask_at = now + ASK_SECONDS
+                peer.ask_at = now + self._ask_seconds
 
     def check(self, now: float) -> list[Peer]:
         """Report the lost ones; gives those that should be asked for a sign of life now."""
@@ -103,11 +111,11 @@ class Roster:
             if peer.doubtful_since is None:
                 continue
             if now - peer.doubtful_since >= self._lost_seconds:
-                before, peer.here, peer.doubtful_since = peer.here, frozenset(), None
+                before, peer.here, peer.doubtful_since, peer.lost = peer.here, frozenset(), None, True
                 for seat in before:
                     self._left(seat, end, f"gave no sign of life for {self._lost_seconds:g} s")
             elif now >= peer.ask_at:
-                peer.ask_at = now + ASK_SECONDS
+                peer.ask_at = now + self._ask_seconds
                 asked.append(peer)
         return asked
 
