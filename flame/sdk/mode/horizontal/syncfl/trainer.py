@@ -1,37 +1,27 @@
 """The trainer of synchronous federated learning: fetch the model, train it, send it back, until the work is done.
 
-It works for whatever round it is given. When its aggregator disappears, it waits for it to come back (as long as the
-policy's ``joinDeadline`` allows) and goes on with the round that it is given then; what it had trained is
-lost if it could not be sent, as an update of an old round is of no use.
+How it finds its aggregator, and what happens when that one is gone, is in :mod:`flame.sdk.mode.horizontal.syncfl.follower`.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from flame.errors import EndLeft, WorkerError
+from flame.errors import WorkerError
 from flame.sdk import datasamplers, optimizers, privacy
-from flame.sdk.channel import VAL_CH_STATE_RECV, Channel
-from flame.sdk.codec import Message
 from flame.sdk.datasamplers.base import TrainerSampler
 from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.horizontal.syncfl.follower import TAG_FETCH, TAG_UPLOAD, Follower
 from flame.sdk.mode.message import MessageType
-from flame.sdk.mode.role import Role
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.optimizers.base import Regularizer, difference
 from flame.sdk.privacy.base import Privacy
 from flame.sdk.weights import as_arrays, get_weights, set_weights
 
-log = logging.getLogger(__name__)
 
-TAG_FETCH = "fetch"
-TAG_UPLOAD = "upload"
-
-
-class Trainer(Role):
+class Trainer(Follower):
     """Trains the global model on its own data.
 
     The user writes ``load_data``, ``initialize`` (which sets ``self.model``), ``train`` (which sets ``self.dataset_size``)
@@ -49,8 +39,6 @@ class Trainer(Role):
     datasampler: TrainerSampler
     privacy: Privacy
     stat_utility: float | None = None
-    _source: str | None = None
-    _source_attempt: int = 1
     _sends_differences: bool = False
     _start: Mapping[str, Any] | None = None
 
@@ -63,7 +51,6 @@ class Trainer(Role):
         chosen = self.config.datasampler
         self.datasampler = datasamplers.make(chosen.sort, chosen.kwargs).trainer_data_sampler
         self.privacy = privacy.make(self.config.privacy.sort, self.config.privacy.kwargs)
-        self._source = None
 
     @abstractmethod
     def train(self) -> None:
@@ -85,7 +72,6 @@ class Trainer(Role):
             self._work_done = True
             return
         self._round = message[MessageType.ROUND]
-        self._source_attempt = message.attempt
         weights = as_arrays(message[MessageType.WEIGHTS])
         set_weights(self.model, weights)
         self._start = weights if self._sends_differences or self.privacy.sort != "default" else None
@@ -94,24 +80,7 @@ class Trainer(Role):
             self.datasampler.handle_metadata_from_aggregator(told)
         self.regularizer.begin(weights, as_arrays(message.get(MessageType.EXTRA, {})))
 
-    def _newest(self, channel: Channel) -> Message:
-        """The next message; of several that have gathered the last one, or the one that ends the work."""
-        while True:
-            if self._source is None or (channel.is_rxq_empty(self._source) and not channel.has(self._source)):
-                self.await_peer(channel)
-                # Who has left may have said something last, such as that the work is done.
-                self._source = next(iter(channel.heard()), None) or channel.one_end(VAL_CH_STATE_RECV)
-            message, _ = channel.recv(self._source)
-            while message is not None and MessageType.EOT not in message and not channel.is_rxq_empty(self._source):
-                del message  # frees its memory before the next one is looked at
-                message, _ = channel.recv(self._source)
-            if message is not None:
-                return message
-            log.info("The aggregator %s left before it sent round %d; waiting for it.", self._source, self._round + 1)
-            self._source = None
-
     def _send_weights(self, tag: str) -> None:
-        channel = self.channel(tag)
         weights: Mapping[str, Any] = get_weights(self.model)
         extra = self.regularizer.finish(weights, *self._training())
         if self._start is not None:
@@ -130,13 +99,7 @@ class Trainer(Role):
             MessageType.DATASAMPLER_METADATA: self.datasampler.get_metadata(),
         }
         message |= {key: value for key, value in further.items() if value}
-        channel.set_property("round", self._round)
-        assert self._source is not None  # upload follows fetch
-        try:
-            # `of`: an aggregator that was started anew must not take an update of its predecessor's round.
-            channel.send(self._source, message, kind="update", metadata={"of": self._source_attempt})
-        except EndLeft as error:
-            log.info("The update of round %d is lost: %s", self._round, error)
+        self._answer(self.channel(tag), message)
 
     def _disguised(
         self, weights: Mapping[str, Any], start: Mapping[str, Any], extra: Mapping[str, Any]

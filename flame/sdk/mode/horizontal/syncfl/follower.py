@@ -1,0 +1,62 @@
+"""What trainers and the aggregators below the top have in common: they are given a model and answer it.
+
+A follower works for whatever round it is given. When who gave it disappears, it waits for somebody to come back (as long as
+the policy's ``joinDeadline`` allows) and goes on with the round that it is given then; what could not be sent is lost, as an
+update of an old round is of no use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from flame.errors import EndLeft
+from flame.sdk.channel import VAL_CH_STATE_RECV, Channel
+from flame.sdk.codec import Message
+from flame.sdk.mode.message import MessageType
+from flame.sdk.mode.role import Role
+
+log = logging.getLogger(__name__)
+
+TAG_FETCH = "fetch"
+TAG_UPLOAD = "upload"
+
+
+class Follower(Role):
+    """Base of the roles that answer an aggregator."""
+
+    _source: str | None = None
+    _source_mark: int | str = 1
+
+    def internal_init(self) -> None:
+        """See :class:`Role`."""
+        super().internal_init()
+        self._source = None
+
+    def _newest(self, channel: Channel) -> Message:
+        """The next message; of several that have gathered the last one, or the one that ends the work."""
+        while True:
+            if self._source is None or (channel.is_rxq_empty(self._source) and not channel.has(self._source)):
+                self.await_peer(channel)
+                # Who has left may have said something last, such as that the work is done.
+                self._source = next(iter(channel.heard()), None) or channel.one_end(VAL_CH_STATE_RECV)
+            message, _ = channel.recv(self._source)
+            while message is not None and MessageType.EOT not in message and not channel.is_rxq_empty(self._source):
+                del message  # frees its memory before the next one is looked at
+                message, _ = channel.recv(self._source)
+            if message is not None:
+                self._source_mark = message.metadata.get("as", message.attempt)
+                return message
+            log.info("The aggregator %s left before it sent round %d; waiting for it.", self._source, self._round + 1)
+            self._source = None
+
+    def _answer(self, channel: Channel, message: Mapping[Any, Any]) -> None:
+        """Send an update to who gave the model; it is lost where that one is gone."""
+        channel.set_property("round", self._round)
+        assert self._source is not None  # upload follows fetch
+        try:
+            # `of`: an aggregator that was started anew must not take an update of its predecessor's round.
+            channel.send(self._source, message, kind="update", metadata={"of": self._source_mark})
+        except EndLeft as error:
+            log.info("The update of round %d is lost: %s", self._round, error)
