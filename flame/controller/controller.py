@@ -8,6 +8,7 @@ takes up again what an earlier process has left.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -65,8 +66,6 @@ class Controller:
         """Connect to the computes and take up what an earlier process of the server has left."""
         await recover(self.context, self._watch, self._worker_exited)
         if self.slots is None:
-            import os
-
             capacity = await self.context.runner.capacity()
             self.slots = capacity.slots or SLOTS_PER_CORE * (os.cpu_count() or 1)
         self._something_freed()

@@ -29,25 +29,25 @@ async def recover(context: Context, watch: Callable[[Supervisor], None], on_exit
     found: list[tuple[Supervisor, History]] = []
     for state in _UNDER_WAY:
         for saved in await context.jobs.all({"state": state.value}):
-            tasks = sorted(await context.tasks.all({"jobId": saved.id}), key=lambda task: task.record.index)
+            records = sorted(await context.tasks.all({"jobId": saved.id}), key=lambda task: task.record.index)
             history = await read_history(context, saved.id)
-            supervisor = Supervisor(context, saved, tasks, history)
+            supervisor = Supervisor(context, saved, records, history)
             watch(supervisor)
             found.append((supervisor, history))
-    workers: dict[str, list[WorkerInfo]] = {}
     homes: dict[WorkerInfo, Runner] = {}
     for runner in context.runners.values():
         await runner.open(on_exit)
-        for info in await runner.list():
-            workers.setdefault(info.job, []).append(info)
-            homes[info] = runner
+        homes.update(dict.fromkeys(await runner.list(), runner))
     for supervisor, history in found:
-        mine = workers.pop(supervisor.id, [])
+        tasks = {task.id for task in supervisor.tasks}
+        mine = [info for info in homes if info.job == supervisor.id and info.task in tasks]
+        for info in mine:
+            del homes[info]
         await supervisor.resume(mine, history)
         log.info("job %s (%s) goes on with %d workers", supervisor.id, supervisor.job.name, len(mine))
-    for info in [info for left in workers.values() for info in left]:
+    for info, runner in homes.items():
         log.warning("worker %s of task %s belongs to no job that is under way; it is ended", info.handle, info.task)
-        context.background.spawn(_end(homes[info], info))
+        context.background.spawn(_end(runner, info))
 
 
 async def read_history(context: Context, job: str) -> History:

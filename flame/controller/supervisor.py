@@ -136,16 +136,17 @@ class Supervisor:
         :param workers: those of this job that the runner really has.
         :param history: what the job's stream says.
         """
-        there = {(info.task, info.attempt): info for info in workers if info.task in self._life.tasks}
+        there = {(info.task, info.attempt): info for info in workers}
         await self._rendezvous.load()
-        for (task, attempt), info in there.items():
-            told = await self._context.store.read(task_stream(task, attempt))
-            worker = self._crew.adopt(info, self._life.tasks[task].role)
-            worker.acked = history.heard.get((task, attempt), 0)
-            worker.begun = any(event.type == "start" for event in told)
-        await surely(lambda: self._ledger.publish(history.untold(self._ledger.job, self.tasks)), self.id)
-        begun = {(worker.task, worker.attempt) for worker in self._crew.all() if worker.begun}
+        told = {key: await self._context.store.read(task_stream(*key)) for key in there}
+        begun = {key for key, stream in told.items() if any(event.type == "start" for event in stream)}
+        # From here to the next await nothing can end in between.
+        for key, info in there.items():
+            worker = self._crew.adopt(info, self._life.tasks[info.task].role)
+            worker.acked = history.heard.get(key, 0)
+            worker.begun = key in begun
         self._life = with_workers(self._life, set(there), begun)
+        await surely(lambda: self._ledger.publish(history.untold(self._ledger.job, self.tasks)), self.id)
         for one in list(self._life.tasks.values()):
             for attempt in one.live - {one.attempt}:
                 self._crew.end(one.id, attempt, one.role, parting=False)
