@@ -37,6 +37,7 @@ class World:
         self.refuse: str | None = None
         self.stubborn = 0
         self.told: ExitCallback | None = None
+        self.on_list: Callable[[], None] | None = None
         self.on_start: Callable[[WorkerSpec], None] | None = None
 
     def exit(self, task: str, attempt: int, code: int | None = 0, signal: str | None = None) -> None:
@@ -69,7 +70,10 @@ class FakeRunner(Runner):
         return info
 
     async def list(self) -> Sequence[WorkerInfo]:
-        return list(self.world.workers.values())
+        found = list(self.world.workers.values())
+        if self.world.on_list is not None:
+            self.world.on_list()
+        return found
 
     async def end(self, worker: WorkerInfo, *, grace: float = 5.0) -> None:
         if self.world.stubborn:

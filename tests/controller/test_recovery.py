@@ -56,6 +56,16 @@ async def test_a_worker_that_died_while_the_server_was_away_fails_its_task(contr
         assert job.failure.task == tasks[1].id
 
 
+async def test_a_worker_that_dies_while_the_server_takes_up_its_job_is_not_missed(control: Control, world: Any) -> None:
+    async with control() as bench:
+        job = await bench.job()
+        tasks = await bench.run(job.id)
+    world.on_list = lambda: world.exit(tasks[1].id, 1, code=None, signal="SIGKILL")
+    async with control() as bench:
+        job = await bench.state(job.id, JobState.FAILED)
+        assert job.failure.signal == "SIGKILL"
+
+
 async def test_a_worker_that_was_never_started_is_started_under_a_new_attempt(control: Control, world: Any) -> None:
     async with control() as bench:
         job = await bench.job()
