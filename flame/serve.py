@@ -35,6 +35,8 @@ log = logging.getLogger("flame.serve")
 
 #: Seconds that a private server waits for the first one to attach.
 PRIVATE_PATIENCE = 30.0
+#: Seconds that a worker of a private server goes on without it.
+ORPHAN_PATIENCE = 60.0
 #: Seconds that open requests get to end when the server does.
 CLOSING = 2.0
 
@@ -155,7 +157,9 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             registry=_registry(data_dir),
             brokers=(Broker(sort="mqtt", host=settings.mqtt),) if settings.mqtt else (),
         )
-        runner = make_runner("local", {}, instance=identity, data_dir=data_dir)
+        # Nobody starts a private server again that was killed, so its workers do not wait for it for long.
+        environment = {"FLAME_ORPHAN_AFTER": f"{ORPHAN_PATIENCE:g}"} if settings.private else {}
+        runner = make_runner("local", {"environment": environment}, instance=identity, data_dir=data_dir)
         controller = Controller(store, notifier, {"local": runner}, keys, options)
         stack.push_async_callback(controller.close)
         await controller.open()

@@ -18,7 +18,7 @@ from flame.client.attach import serving
 from flame.client.config import Settings
 from flame.client.local import PrivateServer
 from flame.client.running import PATIENCE, Reading
-from flame.errors import Conflict, FlameError
+from flame.errors import Conflict, FlameError, ServerUnreachable
 from flame.spec.records import Job, JobState
 
 
@@ -38,6 +38,7 @@ class Run:
         self._view: View = Silent()
         self._interrupts = 0
         self._stopping: asyncio.Task[None] | None = None
+        self._say_lost = Lost(self._say)
 
     def go(self, reading: Reading) -> int:
         """Run the job; gives the command's exit status."""
@@ -70,6 +71,17 @@ class Run:
         self._view.say("Stopping the job; Ctrl-C again leaves at once.")
         self._stopping = asyncio.create_task(self._stop(self._job.id))
 
+    def _say(self, text: str) -> None:
+        self._view.say(text)
+
+    def _lost(self, error: FlameError) -> None:
+        """The server does not answer."""
+        if self._private is not None and self._private.gone():
+            raise ServerUnreachable(
+                f"The private server ended in the middle of the job; its log is {self._private.log}."
+            )
+        self._say_lost(error)
+
     async def _stop(self, id: str) -> None:
         try:
             await self._client.jobs.stop(id)
@@ -92,7 +104,7 @@ class Run:
             patience = PATIENCE if self._settings.server is None else None
             async with self._view:
                 await client.jobs.start(job.id)
-                events = client.jobs.events(job.id, follow=True, patience=patience, on_lost=Lost(self._view.say))
+                events = client.jobs.events(job.id, follow=True, patience=patience, on_lost=self._lost)
                 async with aclosing(events):
                     async for event in events:
                         self._view.tell(progress.feed(event))

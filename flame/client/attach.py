@@ -65,6 +65,7 @@ async def attached(folder: Path, private: PrivateServer | None = None) -> AsyncI
                     private.end()
                 raise
         if private is not None:
+            private.chosen = True
             stack.callback(private.leave)
         yield client
 

@@ -48,6 +48,8 @@ class PrivateServer:
 
     def __init__(self, data_dir: Path) -> None:
         self.log = data_dir / "server.log"
+        #: It is the one that serves; another one may have been faster.
+        self.chosen = False
         command = ["serve", "--private", "--port", "0", "--data-dir", str(data_dir)]
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,10 @@ class PrivateServer:
             lines = log.read().decode("utf-8", "replace").strip().splitlines()
         said = lines[-1] if lines else f"status {self.process.returncode}"
         return f"The private server did not start: {said} (its log is {self.log})."
+
+    def gone(self) -> bool:
+        """True if it served and has ended although it was needed: somebody has killed it."""
+        return self.chosen and self.process.poll() is not None
 
     def leave(self) -> None:
         """Let it end by itself, which nobody waits for: a thread that dies with this process sees to it that no zombie stays."""

@@ -82,9 +82,14 @@ class Child:
         return await asyncio.shield(self._exit)
 
     async def _wait(self) -> int:
-        await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        self._kill(signal.SIGKILL)
-        return self._process.wait()
+        if hasattr(os, "waitid"):
+            await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            self._kill(signal.SIGKILL)
+            return self._process.wait()
+        status = await asyncio.to_thread(self._process.wait)  # macOS has no waitid before Python 3.13
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return status
 
     async def end(self, grace: float) -> int:
         """Ask the group to end, wait up to ``grace`` seconds, then kill it. Returns as :meth:`wait` does."""

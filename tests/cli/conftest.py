@@ -141,11 +141,23 @@ def flame(tmp_path: Path) -> Iterator[Cli]:
 
 
 @pytest.fixture
-def server(flame: Cli, unused_tcp_port: int) -> Iterator[Server]:
-    flame.data_dir.mkdir()
-    server = Server(flame.data_dir, unused_tcp_port)
-    server.start()
-    yield server
-    if server.process.poll() is None:
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(timeout=20)
+def start_server(flame: Cli, unused_tcp_port: int) -> Iterator[Callable[[], Server]]:
+    servers = []
+
+    def start() -> Server:
+        flame.data_dir.mkdir(exist_ok=True)
+        server = Server(flame.data_dir, unused_tcp_port)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(timeout=20)
+
+
+@pytest.fixture
+def server(start_server: Callable[[], Server]) -> Server:
+    return start_server()

@@ -108,6 +108,16 @@ def test_a_killed_command_takes_its_private_server_and_its_job_along(flame: Any)
     flame.until(lambda: not (flame.data_dir / "server.json").exists())
 
 
+def test_the_end_of_a_private_server_in_mid_job_is_noticed_at_once(flame: Any) -> None:
+    process = flame.begin("run", flame.job(trainer=WAITS, aggregator=WAITS))
+    while "job running" not in (line := process.stdout.readline()):
+        assert line
+    os.kill(json.loads((flame.data_dir / "server.json").read_text())["pid"], signal.SIGKILL)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "The private server ended in the middle of the job" in err
+
+
 def test_a_server_that_runs_in_the_data_directory_is_used(flame: Any, server: Any) -> None:
     document = flame.json("run", flame.job())
     assert flame.json("job", "get", document["job"])["state"] == "completed"
