@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -161,6 +162,16 @@ class Role(ABC):
                 f"No worker of role {channel.other_role()} was on channel {channel.name()} (group {channel.groupby()}) "
                 f"within {deadline:g} s (policy.joinDeadline)."
             )
+
+
+def return_memory() -> None:
+    """Give what start-up has freed back to the system (glibc keeps it otherwise): the rounds need other sizes."""
+    if sys.platform == "linux":
+        import ctypes
+
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _ensure_logging() -> None:

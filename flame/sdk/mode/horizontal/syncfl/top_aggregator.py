@@ -20,10 +20,13 @@ from flame.sdk.channel import Channel
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, RoundAggregator, data_at
 from flame.sdk.mode.message import MessageType
+from flame.sdk.mode.role import return_memory
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.privacy.base import Privacy
 from flame.sdk.registries.base import Registry
 from flame.sdk.weights import get_weights, set_weights
+
+__all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TopAggregator"]
 
 #: How long the end of a job may wait for its registry, and for the server to take the model, in seconds.
 REGISTRY_SECONDS = 60.0
@@ -67,6 +70,7 @@ class TopAggregator(RoundAggregator):
                 self.model = weights
             else:
                 set_weights(self.model, weights)
+        return_memory()  # the rounds begin
 
     # A round.
 
