@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flame.sdk.config import Config
     from flame.sdk.dataset import Dataset
     from flame.sdk.mode.composer import CloneComposer, Composer
+    from flame.sdk.mode.horizontal.syncfl.middle_aggregator import MiddleAggregator
     from flame.sdk.mode.horizontal.syncfl.top_aggregator import TopAggregator
     from flame.sdk.mode.horizontal.syncfl.top_aggregator import TopAggregator as Aggregator
     from flame.sdk.mode.horizontal.syncfl.trainer import Trainer
@@ -44,6 +45,7 @@ _PLACES = {
     "Dataset": "flame.sdk.dataset:Dataset",
     "Loop": "flame.sdk.mode.tasklet:Loop",
     "MessageType": "flame.sdk.mode.message:MessageType",
+    "MiddleAggregator": "flame.sdk.mode.horizontal.syncfl.middle_aggregator:MiddleAggregator",
     "Role": "flame.sdk.mode.role:Role",
     "Tasklet": "flame.sdk.mode.tasklet:Tasklet",
     "TopAggregator": "flame.sdk.mode.horizontal.syncfl.top_aggregator:TopAggregator",
@@ -60,6 +62,7 @@ __all__ = [
     "Dataset",
     "Loop",
     "MessageType",
+    "MiddleAggregator",
     "Role",
     "Tasklet",
     "TopAggregator",

@@ -20,6 +20,10 @@ import numpy.typing as npt
 Weights = Mapping[str, npt.NDArray[Any]]
 
 
+#: The entry of an update's metadata that says how many trainers it stands for; without it, it is a trainer's own.
+TOLD_TRAINERS = "trainers"
+
+
 class Update(msgspec.Struct, kw_only=True):
     """What one trainer (or a middle aggregator for its trainers) sends for a round.
 
@@ -110,6 +114,16 @@ class Optimizer(abc.ABC):
         """The trainer's side of this algorithm."""
         return Regularizer()
 
+    def middle(self) -> Optimizer:
+        """What an aggregator below the top applies to its group's updates, so that the top can go on with this algorithm.
+
+        The group's mean for rules that begin with a mean; a rule that does not (a robust one) is applied at each tier.
+        What it finishes with goes up as an update, and :meth:`extra` gives the arrays to send along with it.
+        """
+        from flame.sdk.optimizers.groupmean import GroupMean
+
+        return GroupMean() if self.streaming else self
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All that a restart needs, as arrays (for the checkpoint)."""
         return {}
@@ -148,3 +162,16 @@ def check_update(weights: Weights, update: Weights, end: str) -> None:
                 f"The update of {end} does not fit the model: {name!r} is {other.dtype}{list(other.shape)}, "
                 f"the model's is {array.dtype}{list(array.shape)}."
             )
+
+
+def trainers_of(update: Update) -> int:
+    """How many trainers an update stands for.
+
+    :raises flame.errors.WorkerError: it says so wrongly.
+    """
+    from flame.errors import WorkerError
+
+    told = update.metadata.get(TOLD_TRAINERS, 1)
+    if isinstance(told, bool) or not isinstance(told, int) or told < 0:
+        raise WorkerError(f"The update of {update.end} stands for {told!r} trainers, which is no number of trainers.")
+    return told

@@ -2,7 +2,8 @@
 
     x' = x + eta / K sum_{i in buffer} s(t - t_i) (y_i - x_{t_i}),     s(d) = 1 / (1 + d)^alpha
 
-with t the server's version and t_i the one from which update i started.
+with t the server's version and t_i the one from which update i started. An update that an aggregator below sends for m trainers
+counts as m.
 
 Nguyen, Malik, Zhan, Yousefpour, Rabbat, Malek, Huba: Federated Learning with Buffered Asynchronous Aggregation.
 AISTATS 2022, algorithm 1; the weight s is that of its experiments with alpha = 1/2, and the polynomial one of Xie, Koyejo, Gupta:
@@ -14,9 +15,9 @@ from __future__ import annotations
 import numpy as np
 
 from flame.errors import WorkerError
-from flame.sdk.optimizers.base import Update
+from flame.sdk.optimizers.base import Optimizer, Update, Weights, trainers_of
 from flame.sdk.optimizers.fedavg import FedAvg
-from flame.sdk.optimizers.layout import COUNTED, Flat, widen
+from flame.sdk.optimizers.layout import COUNTED, Flat, Run, widen
 from flame.sdk.optimizers.sums import WeightedSum, blocks
 from flame.sdk.plugins import integer, number
 
@@ -37,6 +38,7 @@ class FedBuff(FedAvg):
         super().__init__()
         self.agg_goal = None if agg_goal is None else integer("agg_goal", agg_goal, low=1)
         self.eta = number("eta", eta, above=0)
+        self._trainers = 0
         self.alpha = number("alpha", alpha, low=0)
 
     @property
@@ -54,11 +56,26 @@ class FedBuff(FedAvg):
             raise WorkerError(
                 f"The update of {update.end} starts from round {update.version}; this is round {self.round}."
             )
-        return float((1.0 + staleness) ** -self.alpha)
+        return float((1.0 + staleness) ** -self.alpha) * trainers_of(update)
+
+    def begin(self, weights: Weights, round: int) -> None:
+        """See :meth:`FedAvg.begin`."""
+        super().begin(weights, round)
+        self._trainers = 0
+
+    def accept(self, update: Update, runs: list[Run]) -> None:
+        """See :meth:`FedAvg.accept`."""
+        self._trainers += trainers_of(update)
+
+    def middle(self) -> Optimizer:
+        """See :meth:`Optimizer.middle`."""
+        from flame.sdk.optimizers.groupmean import GroupBuff
+
+        return GroupBuff(self.alpha)
 
     def close(self, total: WeightedSum) -> Flat:
         """See :meth:`FedAvg.close`."""
-        moved = total.divide(total.count / self.eta)
+        moved = total.divide(self._trainers / self.eta)
         if self.layout is None:
             raise WorkerError("A round must begin before it can be finished.")
         for run in self.layout.runs(self.current, "the global model"):

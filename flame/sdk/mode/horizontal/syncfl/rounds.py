@@ -26,7 +26,7 @@ from flame.sdk.codec import Message
 from flame.sdk.datasamplers.base import AggregatorSampler
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
-from flame.sdk.optimizers.base import Optimizer, Update
+from flame.sdk.optimizers.base import Optimizer, Update, trainers_of
 from flame.sdk.selectors.base import PROP_ROUND_DURATION, PROP_STAT_UTILITY
 from flame.sdk.weights import as_arrays
 
@@ -45,8 +45,7 @@ LAST_LOOK_SECONDS = 1.0
 #: Small values beside a model on its way down: seconds left for the round; seconds to wait for trainers if there are none.
 TOLD_SECONDS = "seconds"
 TOLD_PATIENCE = "patience"
-#: Small values beside an update on its way up: how many trainers it stands for; whether this end has more for the round.
-TOLD_TRAINERS = "trainers"
+#: A small value beside an update on its way up: whether this end has more for the round.
 TOLD_MORE = "more"
 
 
@@ -376,17 +375,6 @@ def order_of(channel: Channel, end: str) -> tuple[str, str]:
     """Where an end stands among the others, the same in every run of a job: ids of tasks differ from run to run."""
     member = channel.member(end)
     return (member.order if member else "", end)
-
-
-def trainers_of(update: Update) -> int:
-    """How many trainers an update stands for.
-
-    :raises flame.errors.WorkerError: it says so wrongly.
-    """
-    told = update.metadata.get(TOLD_TRAINERS, 1)
-    if isinstance(told, bool) or not isinstance(told, int) or told < 0:
-        raise WorkerError(f"The update of {update.end} stands for {told!r} trainers, which is no number of trainers.")
-    return told
 
 
 def data_at(channel: Channel, ends: Collection[str] | None = None) -> bool:

@@ -20,6 +20,8 @@ from flame.sdk.optimizers.base import Regularizer, difference
 from flame.sdk.privacy.base import Privacy
 from flame.sdk.weights import as_arrays, get_weights, set_weights
 
+__all__ = ["TAG_FETCH", "TAG_UPLOAD", "Trainer"]
+
 
 class Trainer(Follower):
     """Trains the global model on its own data.

@@ -1,0 +1,189 @@
+"""The aggregator between two tiers: it takes a model from above, has its group work on it, and answers with one update.
+
+To its group it is an aggregator, to the tier above a trainer: which channel is which the function tags say (``fetch`` and
+``upload`` on the upper one, ``distribute`` and ``aggregate`` on the lower one). So tiers can be put on one another to any
+depth, by the schema alone.
+
+It needs no model of its own: what it was given goes on as it lies in the received message, and what it makes of the
+group's updates (:meth:`flame.sdk.optimizers.base.Optimizer.middle`) goes up and is forgotten. Whether a round has enough updates
+is for the top to judge; see :mod:`flame.sdk.mode.horizontal.syncfl.rounds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flame.sdk import optimizers
+from flame.sdk.channel import Channel
+from flame.sdk.codec import Message
+from flame.sdk.config import Config
+from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.horizontal.syncfl.follower import TAG_FETCH, TAG_UPLOAD, Follower
+from flame.sdk.mode.horizontal.syncfl.rounds import (
+    TAG_AGGREGATE,
+    TAG_DISTRIBUTE,
+    TOLD_PATIENCE,
+    TOLD_SECONDS,
+    RoundAggregator,
+)
+from flame.sdk.mode.message import MessageType
+from flame.sdk.mode.tasklet import Loop, Tasklet
+from flame.sdk.optimizers.base import TOLD_TRAINERS
+from flame.sdk.weights import as_arrays, set_weights
+
+__all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TAG_FETCH", "TAG_UPLOAD", "MiddleAggregator"]
+
+#: The share of the time left for a round that a tier has for itself; with the rest its update goes up.
+SHARE = 0.9
+
+
+class MiddleAggregator(RoundAggregator, Follower):
+    """Aggregates its group for the tier above. There is nothing that a user must write.
+
+    Where ``initialize`` sets ``self.model``, it holds the group's model after each round, for ``evaluate`` to look at.
+    """
+
+    _given: Mapping[str, Any] = {}
+    _extra: Mapping[str, Any] = {}
+    _seconds: float | None = None
+    _patience: float = 0.0
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def internal_init(self) -> None:
+        """See :class:`Role`."""
+        super().internal_init()
+        chosen = self.config.optimizer
+        self._optimizer = optimizers.make(chosen.sort, chosen.kwargs).middle()
+
+    def initialize(self) -> None:
+        """For the user: make a model, if the group's is to be evaluated. Does nothing where it is not written."""
+
+    def get(self, tag: str) -> None:
+        """What the tasklets ``fetch`` and ``aggregate`` do."""
+        if tag == TAG_FETCH:
+            self._fetch_weights(tag)
+        super().get(tag)
+
+    def put(self, tag: str) -> None:
+        """What the tasklets ``distribute`` and ``upload`` do."""
+        if tag == TAG_UPLOAD:
+            self._send_weights(tag)
+        super().put(tag)
+
+    @property
+    def _mark(self) -> int | str:
+        """See :class:`RoundAggregator`: also another one when what is above has been started anew."""
+        return f"{self._source_mark}/{self.attempt}"
+
+    def _fetch_weights(self, tag: str) -> None:
+        message = self._newest(self.channel(tag))
+        if message.get(MessageType.EOT):
+            self._work_done = True
+            return
+        self._accept(message)
+
+    def _accept(self, message: Message) -> None:
+        """Take up a round."""
+        self._round = message[MessageType.ROUND]
+        self._given = as_arrays(message[MessageType.WEIGHTS])
+        self._extra = message.get(MessageType.EXTRA) or {}
+        told = message.get(MessageType.METADATA) or {}
+        self._seconds = told.get(TOLD_SECONDS)
+        self._patience = float(told.get(TOLD_PATIENCE, 0.0))
+
+    def _distribute_weights(self, tag: str) -> None:
+        channel = self.channel(tag)
+        self._open_round(channel, self._given, None if self._seconds is None else SHARE * self._seconds)
+        assert self._outgoing is not None
+        if self._extra:
+            self._outgoing[MessageType.EXTRA] = self._extra
+        self._await_group(channel)
+        self._give_to(channel, self._choose(channel))
+
+    def _await_group(self, channel: Channel) -> None:
+        """Before the first round wait for the whole group; later only where the top cannot do without somebody."""
+        policy = self.config.policy
+        expected = 1 if self._met else max(1, self.config.peers.get(channel.name(), 1))
+        longest = self._patience if self._met else policy.join_deadline
+        left = self._tally.left()
+        enough = self.wait_for(
+            channel,
+            lambda: len(self._idle(channel)) >= expected,
+            lambda: f"{expected - len(self._idle(channel))} more of {expected} workers of role {channel.other_role()}",
+            longest if left is None else min(longest, left),
+        )
+        if not enough and not self._met:
+            self.link.warning(
+                f"Round {self._round} begins with {len(self._idle(channel))} of {expected} workers of role "
+                f"{channel.other_role()} in group {channel.groupby()}: the others did not come within "
+                f"{policy.join_deadline:g} s (policy.joinDeadline)."
+            )
+        self._met = True
+
+    def _aggregate_weights(self, tag: str) -> None:
+        self._gather(self.channel(tag), 1, self._patience)
+        self._outgoing = None
+
+    def _send_weights(self, tag: str) -> None:
+        self._answer(self.channel(tag), self._summary())
+
+    def _summary(self) -> dict[Any, Any]:
+        """The update that stands for the group's; without arrays where there is nothing to stand for."""
+        tally = self._tally
+        weights = self._optimizer.finish()
+        extra = self._optimizer.extra()
+        self._given = {}
+        if tally.samples and self.model is not None:
+            self._show(weights)
+        message: dict[Any, Any] = {
+            MessageType.WEIGHTS: weights if tally.samples else {},
+            MessageType.DATASET_SIZE: tally.samples,
+            MessageType.MODEL_VERSION: self._round,
+            MessageType.ROUND: self._round,
+            MessageType.METADATA: {TOLD_TRAINERS: tally.trainers},
+        }
+        if extra and tally.samples:
+            message[MessageType.EXTRA] = extra
+        return message
+
+    def _show(self, weights: Mapping[str, Any]) -> None:
+        """Let ``evaluate`` see the group's model."""
+        if not self._optimizer.differences:
+            set_weights(self.model, weights)
+
+    def save_metrics(self) -> None:
+        """Report what :meth:`update_metrics` was told in this round."""
+        metrics = self.take_metrics()
+        if metrics:
+            self.link.metrics(self._round, metrics)
+
+    def compose(self) -> None:
+        """Put the workflow together: until the work is done fetch, distribute, aggregate, upload; then tell the group."""
+        with Composer() as composer:
+            self.composer = composer
+            internal_init = Tasklet("internal_init", self.internal_init)
+            load_data = Tasklet("load_data", self.load_data)
+            initialize = Tasklet("initialize", self.initialize)
+            fetch = Tasklet("fetch", self.get, TAG_FETCH)
+            distribute = Tasklet("distribute", self.put, TAG_DISTRIBUTE)
+            aggregate = Tasklet("aggregate", self.get, TAG_AGGREGATE)
+            upload = Tasklet("upload", self.put, TAG_UPLOAD)
+            evaluate = Tasklet("evaluate", self.evaluate)
+            save_metrics = Tasklet("save_metrics", self.save_metrics)
+            inform = Tasklet("inform_end_of_training", self.inform_end_of_training)
+            loop = Loop(loop_check_fn=lambda: self._work_done)
+        (
+            internal_init
+            >> load_data
+            >> initialize
+            >> loop(fetch >> distribute >> aggregate >> upload >> evaluate >> save_metrics)
+            >> inform
+        )
+
+    @classmethod
+    def get_func_tags(cls) -> list[str]:
+        """See :class:`Role`."""
+        return [TAG_DISTRIBUTE, TAG_AGGREGATE, TAG_FETCH, TAG_UPLOAD]
