@@ -67,10 +67,11 @@ def list_(state: str | None, server: str | None, how: str) -> None:
 def get(given: str, server: str | None, how: str) -> None:
     """Print JOB: its state, why it failed, its rounds, where its model is."""
 
-    async def do(client: Client) -> Job:
-        return await client.jobs.get(await names.job_id(client, given))
+    async def do(client: Client) -> tuple[Job, str | None]:
+        found = await client.jobs.get(await names.job_id(client, given))
+        return found, await result.registry_of(client, found) if how == "table" else None
 
-    found = ask(server, do)
+    found, registry = ask(server, do)
 
     def table() -> None:
         output.facts(
@@ -82,7 +83,7 @@ def get(given: str, server: str | None, how: str) -> None:
                 ("backend", found.form.backend),
             ]
         )
-        result.report(found)
+        result.report(found, registry)
 
     output.show(found, how, table)
 
@@ -142,16 +143,17 @@ def stop(given: str, wait: bool, server: str | None, how: str) -> None:
 def wait(given: str, timeout: float | None, server: str | None, how: str) -> int:
     """Wait until JOB has ended. The exit status is 0 only if it completed."""
 
-    async def do(client: Client) -> Job:
+    async def do(client: Client) -> tuple[Job, str | None]:
         found = await names.job_id(client, given)
         try:
             async with asyncio.timeout(timeout):
-                return await client.jobs.wait(found, on_lost=Lost(output.note))
+                ended = await client.jobs.wait(found, on_lost=Lost(output.note))
         except TimeoutError as error:
             raise FlameError(f"The job {given} has not ended within {timeout:g} s.") from error
+        return ended, await result.registry_of(client, ended) if how == "table" else None
 
-    ended = ask(server, do)
-    output.show(result.document(ended) if how != "table" else None, how, lambda: result.report(ended))
+    ended, registry = ask(server, do)
+    output.show(result.document(ended) if how != "table" else None, how, lambda: result.report(ended, registry))
     return 0 if ended.state is JobState.COMPLETED else FAILED
 
 
@@ -238,7 +240,7 @@ def delete(given: tuple[str, ...], server: str | None) -> None:
     """Remove jobs that have ended, with their logs and artifacts."""
 
     async def do(client: Client) -> None:
-        ids = [await names.job_id(client, one) for one in given]
+        ids = [await names.job_id(client, one, only=True) for one in given]
         await asyncio.gather(*(client.jobs.delete(one) for one in ids))
 
     ask(server, do)

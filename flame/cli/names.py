@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from flame.cli.output import note
 from flame.client import Client
 from flame.errors import NotFound, UsageError
 from flame.spec.records import Task
@@ -33,9 +34,19 @@ def pick(noun: str, given: str, known: Iterable[tuple[str, str]]) -> str:
     return fitting[0][0]
 
 
-async def job_id(client: Client, given: str) -> str:
-    """The id of the job that is meant."""
-    return given if _whole(given, 24) else pick("job", given, [(job.id, job.name) for job in await client.jobs.list()])
+async def job_id(client: Client, given: str, *, only: bool = False) -> str:
+    """The id of the job that is meant. A name that several jobs have means the newest one, and that is said.
+
+    :param only: refuse such a name.
+    """
+    if _whole(given, 24):
+        return given
+    jobs = [(job.id, job.name) for job in await client.jobs.list()]
+    alike = sorted(one for one, name in jobs if name == given)
+    if only or len(alike) < 2:
+        return pick("job", given, jobs)
+    note(f"note: {len(alike)} jobs are called {given!r}; this is about the newest one, {alike[-1]}.")
+    return alike[-1]
 
 
 async def design_id(client: Client, given: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from flame.cli import output
 from flame.spec.records import Failure, Job, JobState, Model, Round
+
+if TYPE_CHECKING:
+    from flame.client import Client
 
 _MOST_ROUNDS = 40
 
@@ -26,8 +29,18 @@ def document(job: Job) -> dict[str, Any]:
     return result
 
 
-def report(job: Job) -> None:
-    """Print how a job ended, for people."""
+async def registry_of(client: Client, job: Job) -> str | None:
+    """The address of the registry that has a job's model; None if it has an address of its own."""
+    if job.model is None or job.model.registry != "mlflow":
+        return None
+    return job.form.registry.uri or (await client.info()).registry.uri
+
+
+def report(job: Job, registry: str | None = None) -> None:
+    """Print how a job ended, for people.
+
+    :param registry: see :func:`registry_of`.
+    """
     if job.rounds:
         click.echo()
         rounds(job.rounds)
@@ -37,7 +50,7 @@ def report(job: Job) -> None:
     if job.state is not JobState.COMPLETED:
         facts += [("reason", job.reason), *failure(job.failure)]
     if job.model is not None:
-        facts += [("model", where(job.model)), ("load it", how_to_load(job.model))]
+        facts += [("model", where(job.model)), ("load it", how_to_load(job.model, registry))]
     output.facts([*facts, ("warnings", "\n".join(job.warnings))])
 
 
@@ -77,10 +90,12 @@ def where(model: Model) -> str:
     return "\n".join(place for place in places if place)
 
 
-def how_to_load(model: Model) -> str | None:
-    """A line of Python that gives the weights."""
-    if model.registry == "mlflow" and model.version:
-        return f'mlflow.pytorch.load_model("models:/{model.name}/{model.version}")'
+def how_to_load(model: Model, registry: str | None = None) -> str:
+    """Lines of Python that give the model, or its weights."""
+    lines = []
     if model.path and model.path.endswith(".safetensors"):
-        return f'safetensors.numpy.load_file("{model.path}")'
-    return None
+        lines.append(f'safetensors.numpy.load_file("{model.path}")')
+    if model.registry == "mlflow" and model.version:
+        where = f"  # with MLFLOW_TRACKING_URI={registry}" if registry else ""
+        lines.append(f'mlflow.pyfunc.load_model("models:/{model.name}/{model.version}"){where}')
+    return "\n".join(lines)

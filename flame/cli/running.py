@@ -12,7 +12,7 @@ from contextlib import aclosing
 from flame.cli import output
 from flame.cli.app import FAILED, INTERRUPTED
 from flame.cli.progress import Progress
-from flame.cli.result import document, report
+from flame.cli.result import document, registry_of, report
 from flame.cli.views import Lines, Silent, View
 from flame.client.attach import serving
 from flame.client.config import Settings
@@ -36,6 +36,7 @@ class Run:
         self._how = how
         self._job: Job | None = None
         self._view: View = Silent()
+        self._registry: str | None = None
         self._interrupts = 0
         self._stopping: asyncio.Task[None] | None = None
         self._say_lost = Lost(self._say)
@@ -57,7 +58,7 @@ class Run:
         if self._how != "table":
             output.document(document(job), self._how)
         else:
-            report(job)
+            report(job, self._registry)
         if job.state is JobState.COMPLETED:
             return 0
         return INTERRUPTED if self._interrupts else FAILED
@@ -108,7 +109,10 @@ class Run:
                 async with aclosing(events):
                     async for event in events:
                         self._view.tell(progress.feed(event))
-            return await client.jobs.get(job.id)
+            ended = await client.jobs.get(job.id)
+            if self._how == "table":
+                self._registry = await registry_of(client, ended)
+            return ended
 
 
 class Lost:

@@ -13,7 +13,7 @@ import msgspec
 
 from flame.client.http import Query, Session
 from flame.errors import NotFound
-from flame.spec.nouns import Dataset, Schema
+from flame.spec.nouns import Dataset, Registry, Schema
 from flame.spec.records import DatasetRecord, Design, Record
 
 T = TypeVar("T")
@@ -160,6 +160,6 @@ class ServerInfo(Record, kw_only=True):
 
     version: str
     id: str = ""
-    computes: list[Any] = msgspec.field(default_factory=list)
-    registry: Any = None
+    computes: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    registry: Registry = msgspec.field(default_factory=Registry)
     data_dir: str = ""

@@ -80,11 +80,14 @@ def test_tables_align(flame: Any, server: Any) -> None:
     assert len({line.index(word) for line, word in zip(lines, ["STATE", "ready", "ready"], strict=True)}) == 1
 
 
-def test_a_name_that_fits_several_jobs_is_refused_with_their_ids(flame: Any, server: Any) -> None:
+def test_a_name_of_several_jobs_means_the_newest_but_deletes_none(flame: Any, server: Any) -> None:
     first, second = (flame.json("job", "create", flame.job("same"))["id"] for _ in range(2))
-    said = flame.refused("job", "start", "same", status=2)
+    assert flame.json("job", "get", "same")["id"] == second
+    assert f"2 jobs are called 'same'; this is about the newest one, {second}" in flame.err
+    said = flame.refused("job", "delete", "same", status=2)
     assert first in said
     assert second in said
+    assert "fits 2 jobs" in flame.refused("job", "get", second[:3], status=2)
 
 
 def test_what_the_state_forbids_is_said_in_a_sentence(flame: Any, server: Any) -> None:

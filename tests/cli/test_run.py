@@ -190,8 +190,9 @@ def test_how_to_load_a_model_fits_where_it_is() -> None:
     from flame.cli import result
 
     kept = Model(name="m", registry="mlflow", version="3", uri="models:/m/3")
-    assert "models:/m/3" in str(result.how_to_load(kept))
-    assert result.how_to_load(Model(name="m", path="/x/weights.bin")) is None
+    assert "models:/m/3" in result.how_to_load(kept)
+    assert "MLFLOW_TRACKING_URI=sqlite:///x.db" in result.how_to_load(kept, "sqlite:///x.db")
+    assert result.how_to_load(Model(name="m", path="/x/weights.bin")) == ""
 
 
 def test_the_document_of_a_job_without_a_model_says_null(tmp_path: Path) -> None:
