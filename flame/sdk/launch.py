@@ -139,6 +139,8 @@ def _print_traceback(error: BaseException) -> None:
 def _last_line(error: BaseException) -> str:
     """``ValueError: too small (main.py:12, in train)``: the error, and the innermost place in the role's own code."""
     text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{text} ({os.path.basename(error.filename)}:{error.lineno})"
     folder = sys.path[0]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if os.path.dirname(frame.filename) == folder:

@@ -40,7 +40,7 @@ def get_weights(model: Any) -> Weights:
         return {str(name): _from_value(name, value) for name, value in model.items()}
     if isinstance(model, list):
         return _numbered(model)
-    if hasattr(model, "get_weights") and hasattr(model, "set_weights"):
+    if _own_way(model):
         values = model.get_weights()
         if isinstance(values, Mapping):
             return {str(name): _from_value(name, value) for name, value in values.items()}
@@ -68,7 +68,7 @@ def set_weights(model: Any, weights: Mapping[str, Any]) -> None:
         names = _numbered(model)
         _check_names(names, weights)
         model[:] = [_into(name, value, weights[name]) for name, value in zip(names, model, strict=True)]
-    elif hasattr(model, "set_weights") and hasattr(model, "get_weights"):
+    elif _own_way(model):
         current = model.get_weights()
         named = dict(current) if isinstance(current, Mapping) else _numbered(current)
         _check_names({str(name): name for name in named}, weights)
@@ -79,9 +79,13 @@ def set_weights(model: Any, weights: Mapping[str, Any]) -> None:
 
 
 def is_torch(model: Any) -> bool:
-    """Whether the model is a PyTorch module."""
+    """Whether the model is a PyTorch module to be taken by its ``state_dict``; Keras' on PyTorch is one, but has a way of its own."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(model, torch.nn.Module)
+    return torch is not None and isinstance(model, torch.nn.Module) and not _own_way(model)
+
+
+def _own_way(model: Any) -> bool:
+    return hasattr(model, "get_weights") and hasattr(model, "set_weights")
 
 
 def as_arrays(values: Mapping[str, Any]) -> Weights:

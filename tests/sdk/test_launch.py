@@ -116,7 +116,7 @@ def test_other_errors_leave_their_traceback_in_the_log_and_say_their_last_line(l
         ("import sys; sys.exit()", 0, None),
         ("raise SystemExit('no data here')", 1, "no data here"),
         ("raise KeyboardInterrupt", 130, None),
-        ("def broken(:", 1, "SyntaxError: invalid syntax"),
+        ("def broken(:", 1, "SyntaxError: invalid syntax (main.py:1)"),
     ],
 )
 def test_exit_statuses_are_those_of_the_script(launch, source, status, message):
