@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from runkit import Run, federated
 from treekit import Middle, Site, Top, Tree, central, four_tiers, spec, three_tiers, trained
 
 from flame.errors import RoundFailed
@@ -190,3 +191,37 @@ def test_a_middle_aggregator_that_leaves_is_not_waited_for(tmp_path):
     orphans = [error for error in job.errors.values() if not isinstance(error, RuntimeError)]
     assert len(orphans) == 2
     assert all("No worker of role middle was on channel param (group na) within 1 s" in str(e) for e in orphans)
+
+
+# The example, through the whole system.
+
+
+def test_the_example_computes_over_p2p_what_the_formula_says(tmp_path):
+    with Run(tmp_path, "hierarchical") as run:
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds == list(range(1, 16))
+    weights, bias = federated([1, 2, 3, 4], 15)
+    np.testing.assert_allclose(result.models["model.safetensors"]["weights"], weights, atol=1e-9)
+    np.testing.assert_allclose(result.models["model.safetensors"]["bias"], bias, atol=1e-9)
+
+
+def test_a_killed_trainer_is_done_without_where_the_policy_allows_it(tmp_path):
+    with Run(tmp_path, "hierarchical", "hyperparameters.rounds=150", "policy.minTrainers=3") as run:
+        run.wait_for("round 5/")
+        run.kill_one("trainer")
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds[-1] == 150
+    assert "the job goes on without it" in result.text
+
+
+@pytest.mark.parametrize("role", ["trainer", "middle-aggregator"])
+def test_a_killed_worker_that_the_policy_needs_fails_the_job(tmp_path, role):
+    with Run(tmp_path, "hierarchical", "hyperparameters.rounds=100000") as run:
+        run.wait_for("round 5/")
+        run.kill_one(role)
+        result = run.result()
+    assert result.state == "failed"
+    assert f"{role}/" in result.text
+    assert "SIGKILL" in result.text
