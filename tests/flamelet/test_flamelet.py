@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -389,11 +390,17 @@ async def test_an_artifact_is_in_the_servers_hands_when_the_child_is_told_so(sta
     assert server.artifacts == {"model.bin": b"x" * 3_000_000}
 
 
-async def test_an_artifact_waits_for_the_server_to_come_back(start: Any) -> None:
-    server, worker = await start(HANDS_IN.replace("    hear()\n", "    import time; time.sleep(0.3)\n", 1))
+async def test_an_artifact_waits_for_the_server_to_come_back(start: Any, tmp_path: Path) -> None:
+    go, handed_in = tmp_path / "go", tmp_path / "handed in"
+    waits = f"import time\n    while not os.path.exists({str(go)!r}): time.sleep(0.01)"
+    main = HANDS_IN.replace("    hear()\n", f"    {waits}\n", 1).replace(
+        "print(", f"open({str(handed_in)!r}, 'w').close()\n    print(", 1
+    )
+    server, worker = await start(main)
     await server.until_said("warning")
     await server.down()
-    await asyncio.sleep(0.6)  # the child hands it in meanwhile
+    go.touch()
+    await until(handed_in.exists)
     await server.up()
     await server.until_state("completed")
     assert await worker.exit() == 0
