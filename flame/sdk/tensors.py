@@ -9,6 +9,7 @@ tensor is met, which keeps ``import flame.sdk`` quick.
 from __future__ import annotations
 
 import functools
+import mmap
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def flatten(value: Any, name: str) -> tuple[str, tuple[int, ...], npt.NDArray[An
 
     torch = sys.modules.get("torch")
     bfloat16 = False
-    if torch is not None and isinstance(value, torch.Tensor):
+    if torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor):
         if value.layout != torch.strided or value.is_quantized:
             raise CodecError(f"The tensor {name!r} is sparse or quantized; make it dense before it is sent.")
         if value.requires_grad or value.device.type != "cpu":
@@ -142,3 +143,35 @@ def restore_bfloat16(root: npt.NDArray[Any], offset: int, shape: tuple[int, ...]
     array = np.ndarray(shape, "<i2", root, offset).view(ml_dtypes.bfloat16)
     array.setflags(write=False)
     return array
+
+
+def forget(array: npt.NDArray[Any]) -> None:
+    """Say that a received array, or a piece of one, has been dealt with: it need not count as this process's memory now.
+
+    Means something for messages that lie in shared memory, where it saves an aggregator a model of resident memory;
+    for any other array nothing happens. The values stay: who reads them again maps them again, which costs a little.
+
+    :param array: C-contiguous, made by :func:`flame.sdk.codec.decode`, or a view of one.
+    """
+    import numpy as np
+
+    root: Any = array
+    below: Any = array.base
+    while below is not None and not isinstance(below, memoryview | SharedMap):
+        if isinstance(below, np.ndarray):
+            root = below
+        below = getattr(below, "base", None)  # stride tricks put an object of their own between two arrays
+    memory = below.obj if isinstance(below, memoryview) else below
+    if not isinstance(memory, SharedMap):
+        return
+    begin = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+    begin, end = -(-begin // _PAGE) * _PAGE, (begin + array.nbytes) // _PAGE * _PAGE
+    if begin < end:
+        memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+class SharedMap(mmap.mmap):
+    """A mapping of a segment that a peer has written: its pages are there also when this process lets go of them."""
+
+
+_PAGE = mmap.PAGESIZE

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.sdk import backends, codec
+from flame.sdk import backends, codec, tensors
 from flame.sdk.backends import p2p_address, p2p_stream, shm
 from flame.sdk.backends.base import BackendContext, Member
 from flame.sdk.backends.inproc import InprocBackend
@@ -251,6 +251,36 @@ def test_writing_to_a_received_segment_reaches_nobody_else(monkeypatch):
     os.close(fd)
 
 
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("torch_loaded", [False, True])
+def test_what_was_dealt_with_need_not_be_resident_and_keeps_its_values(monkeypatch, torch_loaded):
+    monkeypatch.setitem(sys.modules, "torch", object()) if torch_loaded else monkeypatch.delitem(
+        sys.modules, "torch", False
+    )
+    size = 40_000_000
+    frames = codec.encode({"a": np.arange(100, dtype="f4"), "b": np.arange(size // 4, dtype="f4")})
+    segments = shm.Segments()
+    segment = segments.write(frames)
+    segment.unmap()
+    segments.sent(segment)
+    message = codec.decode(segments.mappings.open("owner", 1, segment.fd, frames.nbytes), release=lambda: None)
+    before, array = resident(), message["b"]
+    flat = np.lib.stride_tricks.as_strided(array, shape=(array.size,))
+    total = float(flat.sum())
+    assert resident() - before > 0.9 * size
+    tensors.forget(flat)
+    assert resident() - before < 0.1 * size
+    assert float(array.sum()) == total
+    tensors.forget(array[5:6])
+    tensors.forget(message["a"])
+    tensors.forget(np.arange(10.0))
+    segments.close()
+
+
 class Reading:
     def __init__(self):
         self.segments = {}
@@ -283,9 +313,14 @@ def test_a_segment_is_written_to_again_only_when_all_its_readers_are_done():
     assert second.fd == -1
 
 
-def test_a_message_of_any_shape_is_copied_whole(monkeypatch):
+@pytest.mark.parametrize("receives", [False, True])
+def test_a_message_of_any_shape_is_copied_whole(monkeypatch, receives):
     monkeypatch.setattr(shm, "_PARALLEL", 0)
+    monkeypatch.setattr(shm, "_STEP", 8192)
+    monkeypatch.setattr(shm, "KEEP_MAPPED", 0)
     segments = shm.Segments()
+    if receives:
+        segments.unmap_idle()
     for sizes in ([1], [4095, 1, 4097], [0, 5], [3_000_000], [1] * 1000, [100_000, 7, 2_000_001]):
         frames = codec.encode({str(i): np.full(n, i % 251, "u1") for i, n in enumerate(sizes)})
         segment = segments.write(frames)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.errors import BackendError
 from flame.sdk.backends.base import Frames
+from flame.sdk.tensors import SharedMap
 
 if TYPE_CHECKING:
     from flame.sdk.backends.p2p_connection import Connection
@@ -32,6 +33,8 @@ THRESHOLD = 512 << 10
 KEEP_MAPPED = 16 << 20
 _PARALLEL = 4 << 20
 _GRAIN = 2 << 20
+#: How much of a segment is mapped at a time by a writer that must not have all of it resident.
+_STEP = 8 << 20
 
 
 def available() -> bool:
@@ -66,10 +69,14 @@ class Segment:
         self._mapped: mmap.mmap | None = None
 
     def map(self) -> mmap.mmap:
-        """The memory, to write to."""
+        """The memory, to write to, as it stays mapped."""
         if self._mapped is None:
-            self._mapped = mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._mapped = self.piece(0, self.size)
         return self._mapped
+
+    def piece(self, begin: int, end: int) -> mmap.mmap:
+        """A part of the memory, to write to; mapped until it is dropped. Both are multiples of the page size."""
+        return mmap.mmap(self.fd, end - begin, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=begin)
 
     def unmap(self) -> None:
         """Let go of the mapping; :meth:`map` makes another."""
@@ -93,6 +100,7 @@ class Segments:
         self._free: list[Segment] = []
         self._helpers: ThreadPoolExecutor | None = None
         self._closed = False
+        self._receives = False
         #: The segments of others; here because what is sent and what is received make room for each other.
         self.mappings = Mappings()
 
@@ -105,7 +113,7 @@ class Segments:
             self.mappings.drop_idle()
         segment = self._take(frames.nbytes)
         try:
-            self._copy(segment.map(), [memoryview(frames.head), *frames.buffers])
+            self._copy(segment, [memoryview(frames.head), *frames.buffers])
         except (OSError, ValueError) as error:
             with self._lock:
                 self._end(segment)
@@ -115,8 +123,12 @@ class Segments:
         return segment
 
     def unmap_idle(self) -> None:
-        """A large message comes in: what was sent before need not count as this process's memory meanwhile."""
+        """A large message comes in: what was sent before need not count as this process's memory meanwhile.
+
+        Who receives such messages also does not map a segment whole to write to it, from now on.
+        """
         with self._lock:
+            self._receives = True
             for segment in self._all:
                 if segment.size > KEEP_MAPPED and not segment.copying:
                     segment.unmap()
@@ -180,24 +192,33 @@ class Segments:
         segment.close()
         self._all.discard(segment)
 
-    def _copy(self, memory: mmap.mmap, buffers: Sequence[memoryview]) -> None:
+    def _copy(self, segment: Segment, buffers: Sequence[memoryview]) -> None:
         """Copy the buffers one behind the other, with a second core where there is one and it pays."""
+        total = sum(len(buffer) for buffer in buffers)
+        whole = segment.size <= KEEP_MAPPED or not self._receives
+        step = segment.size if whole else _STEP
+        workers = 1 if total < _PARALLEL else min(2, len(os.sched_getaffinity(0)))
+        starts = range(0, total, step)
+        for begin in starts:
+            end = min(begin + step, segment.size)
+            memory = segment.map() if whole else segment.piece(begin, end)
+            self._copy_piece(memory, begin, min(end, total), buffers, workers)
+
+    def _copy_piece(self, memory: mmap.mmap, begin: int, end: int, buffers: Sequence[memoryview], workers: int) -> None:
+        """Bytes ``begin`` to ``end`` of the joined buffers to the start of ``memory``."""
         import numpy as np
 
         target = np.frombuffer(memory, np.uint8)
-        total = sum(len(buffer) for buffer in buffers)
-        workers = min(2, len(os.sched_getaffinity(0)))
-        half = total if workers == 1 or total < _PARALLEL else -(-total // (2 * 4096)) * 4096
+        middle = end if workers == 1 else begin + -(-(end - begin) // (2 * 4096)) * 4096
         parts: tuple[list[Any], list[Any]] = ([], [])
         at = 0
         for buffer in buffers:
-            source = np.frombuffer(buffer, np.uint8)
-            cut = min(max(half - at, 0), len(source))
-            if cut:
-                parts[0].append((target[at : at + cut], source[:cut]))
-            if cut < len(source):
-                parts[1].append((target[at + cut : at + len(source)], source[cut:]))
-            at += len(source)
+            for part, low, high in ((0, begin, min(middle, end)), (1, min(middle, end), end)):
+                first, last = max(at, low), min(at + len(buffer), high)
+                if first < last:
+                    source = np.frombuffer(buffer, np.uint8)[first - at : last - at]
+                    parts[part].append((target[first - begin : last - begin], source))
+            at += len(buffer)
         if parts[1]:
             if self._helpers is None:
                 self._helpers = ThreadPoolExecutor(1, thread_name_prefix="flame-copy")
@@ -273,5 +294,5 @@ def _map(fd: int, length: int) -> mmap.mmap:
     if not seals & fcntl.F_SEAL_SHRINK or size < length or not length:
         raise ValueError("it is not sealed, or too short")
     if "torch" in sys.modules:
-        return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        return SharedMap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return SharedMap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)

@@ -20,9 +20,12 @@ import numpy as np
 
 from flame.errors import WorkerError
 from flame.sdk.optimizers.layout import COUNTED, Array, Flat, Layout, Run, widen
+from flame.sdk.tensors import forget
 
 #: Bytes of accumulator handled at once: with the update's block and a temporary this stays within 1 MiB of cache.
 BLOCK_BYTES = 256 * 1024
+#: Bytes of a received update that stay resident behind the place where it is read.
+FORGET_BYTES = 4 << 20
 
 
 def blocks(size: int, itemsize: int) -> Iterator[slice]:
@@ -30,6 +33,16 @@ def blocks(size: int, itemsize: int) -> Iterator[slice]:
     step = max(1, BLOCK_BYTES // itemsize)
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
+
+
+def passing(array: Array, itemsize: int) -> Iterator[slice]:
+    """The same for a received array that is gone through: of one in shared memory only the part at hand is resident."""
+    behind = 0
+    for part in blocks(array.size, itemsize):
+        yield part
+        if (part.stop - behind) * array.itemsize >= FORGET_BYTES or part.stop == array.size:
+            forget(array[behind : part.stop])
+            behind = part.stop
 
 
 def check_finite(runs: list[Run], end: str) -> None:
@@ -44,7 +57,7 @@ def check_finite(runs: list[Run], end: str) -> None:
         if run.group == COUNTED:
             continue
         narrow = run.array.dtype.itemsize < 4  # their squares overflow all the time, and BLAS has no such types
-        for part in blocks(run.array.size, run.array.itemsize):
+        for part in passing(run.array, run.array.itemsize):
             piece = widen(run.array[part])
             if (narrow or not math.isfinite(abs(np.vdot(piece, piece)))) and not np.isfinite(piece).all():
                 raise WorkerError(
@@ -103,7 +116,7 @@ class WeightedSum:
 
 def _accumulate(target: Array, values: Array, scale: float, scratch: Array | None) -> None:
     """``target += scale * values``, or without ``scratch`` (a block) ``target = scale * values``."""
-    for part in blocks(target.size, target.itemsize):
+    for part in passing(values, target.itemsize):
         into, piece = target[part], widen(values[part])
         if scratch is None:
             np.multiply(piece, scale, out=into, dtype=target.dtype)
