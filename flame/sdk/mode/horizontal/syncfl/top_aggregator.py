@@ -11,29 +11,23 @@ updates, others may still come in; when nobody does, the job fails with a :class
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from flame.errors import RoundFailed, SpecError
-from flame.sdk import modelfile, privacy, registries
+from flame.sdk import privacy
 from flame.sdk.channel import Channel
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, RoundAggregator, data_at
 from flame.sdk.mode.message import MessageType
-from flame.sdk.mode.role import return_memory
+from flame.sdk.mode.roundkeeper import RoundKeeper
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.privacy.base import Privacy
-from flame.sdk.registries.base import Registry
 from flame.sdk.weights import get_weights, set_weights
 
 __all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TopAggregator"]
 
-#: How long the end of a job may wait for its registry, and for the server to take the model, in seconds.
-REGISTRY_SECONDS = 60.0
-ARTIFACT_SECONDS = 600.0
 
-
-class TopAggregator(RoundAggregator):
+class TopAggregator(RoundKeeper, RoundAggregator):
     """Aggregates the trainers' models and ends the job.
 
     The user writes ``load_data`` (data to evaluate on, if any), ``initialize`` (which sets ``self.model``, the first global
@@ -41,36 +35,17 @@ class TopAggregator(RoundAggregator):
     """
 
     dataset: Any = None
-    registry_client: Registry
-    _rounds: int = 1
     _privacy: Privacy
 
     def internal_init(self) -> None:
         """See :class:`Role`; also makes the optimizer and opens the registry."""
-        super().internal_init()
-        self._rounds = int(self.config.hyperparameters.rounds)
         self._privacy = privacy.make(self.config.privacy.sort, self.config.privacy.kwargs)
         if not self._privacy.affords():
             raise SpecError("The privacy's budget is less than one round costs: raise it, or the noise.", "privacy")
-        self.registry_client = registries.open_registry(self.config, self.link)
-        self.registry_client.save_params(self.config.hyperparameters.dict())
+        super().internal_init()
 
     def train(self) -> None:
         """For the user: train the aggregated model. Does nothing where it is not written."""
-
-    def load_base_model(self) -> None:
-        """Begin from the registered model that the job names, whatever ``initialize`` has made.
-
-        :raises flame.errors.WorkerError: there is no such model, or it does not fit ``self.model``.
-        """
-        base = self.config.base_model
-        if base:
-            weights = self.registry_client.load_model(base.name, base.version)
-            if self.model is None:
-                self.model = weights
-            else:
-                set_weights(self.model, weights)
-        return_memory()  # the rounds begin
 
     # A round.
 
@@ -141,50 +116,12 @@ class TopAggregator(RoundAggregator):
 
     # After a round, and at the end.
 
-    def save_metrics(self) -> None:
-        """Report the round with what :meth:`update_metrics` was told in it."""
-        metrics = self.take_metrics()
-        self.link.round(self._round, metrics, time.monotonic() - self._started)
-        self.registry_client.save_metrics(self._round, metrics)
-
     def increment_round(self) -> None:
-        """Go on to the next round; the work is done after the last one."""
-        self._round += 1
-        self._work_done = self._round > self._rounds
+        """See :class:`RoundKeeper`; the work is also done when a further round would exceed the privacy's budget."""
+        super().increment_round()
         if not self._work_done and not self._privacy.affords():
             self._work_done = True
             self.link.warning(f"The work ends before round {self._round}, which would exceed the privacy's budget.")
-
-    def save_model(self) -> None:
-        """Hand the model to the registry and, as ``model.safetensors``, to the server."""
-        config = self.config
-        weights = get_weights(self.model)
-        path = self.link.folder / "model.safetensors"
-        about = {
-            "job": config.job.job_id,
-            "name": config.job.name,
-            "rounds": str(self._round - 1),
-            "schema": config.schema,
-        }
-        modelfile.save(path, weights, about)
-        self.registry_client.save_model(config.job.name, self.model, path)
-        kept = self.link.artifact(path.name, path, ARTIFACT_SECONDS)
-        version = self.registry_client.finish(REGISTRY_SECONDS)
-        self.link.model(
-            {
-                "name": config.job.name,
-                "path": kept,
-                "uri": version.uri if version else None,
-                "version": version.version if version else None,
-                "registry": self.registry_client.sort,
-            }
-        )
-
-    def close(self) -> None:
-        """See :class:`Role`."""
-        if "registry_client" in self.__dict__:
-            self.registry_client.close()
-        super().close()
 
     def compose(self) -> None:
         """Put the workflow together: load_data, initialize, then in each round distribute, aggregate, train, evaluate,
