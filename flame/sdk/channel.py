@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -66,6 +67,7 @@ class Channel:
     :param selector: chooses among the ends in :meth:`ends`; None takes all.
     :param window: see :data:`WINDOW`.
     :param compression: changes what travels; None leaves it as it is.
+    :param condition: shared by a worker's channels; see :class:`flame.sdk.inbox.Inbox`.
     :ivar properties: what a selector is told besides the ends.
     """
 
@@ -81,6 +83,7 @@ class Channel:
         selector: Selector | None = None,
         window: int = WINDOW,
         compression: Compression | None = None,
+        condition: threading.Condition | None = None,
     ) -> None:
         self._name = name
         self._backend = backend
@@ -96,6 +99,7 @@ class Channel:
             window,
             wants=lambda member: member.role == other_role and member.end != me.end,
             on_want=lambda ends: backend.want(name, group, ends),
+            condition=condition,
         )
 
     # Who and where.
@@ -160,7 +164,8 @@ class Channel:
     def wait_until(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
         """Wait until ``predicate()`` holds; it is asked again whenever an end comes or goes or a message arrives.
 
-        It is called with the channel's lock held: let it look at the channel, and be quick.
+        It is called with the lock of the worker's channels held: let it look at them (at any of them, where they come from
+        one channel manager), and be quick.
 
         :param timeout: seconds; None waits as long as it takes.
         :returns: whether it holds.
@@ -249,7 +254,7 @@ class Channel:
         """Send a message to one end. Returns when its tensors may be changed again.
 
         :param timeout: seconds to wait for a slow end; None waits as long as it takes, or until the end leaves.
-        :raises flame.errors.EndLeft: the end is not there, left meanwhile, or did not take the message in time.
+        :raises flame.errors.EndLeft: the end is not there, left meanwhile, or did not take a message in time.
         :raises flame.errors.CodecError: the message cannot be sent.
         """
         if not self.has(end):

@@ -28,12 +28,14 @@ import msgspec
 from flame.errors import BackendError
 from flame.sdk.backends import p2p_address, shm
 from flame.sdk.backends.base import Backend, BackendContext, Frames, Member, Sink
-from flame.sdk.backends.p2p_connection import Connection, data_record, segment_record, send_all
+from flame.sdk.backends.p2p_connection import Connection
 from flame.sdk.backends.p2p_greeting import Doorkeeper
 from flame.sdk.backends.p2p_handshake import Hello, SentAway, Welcome
 from flame.sdk.backends.p2p_loop import Loop
 from flame.sdk.backends.p2p_memory import Pool
 from flame.sdk.backends.p2p_peer import Room
+from flame.sdk.backends.p2p_records import data_record, segment_record
+from flame.sdk.backends.p2p_send import send_all
 from flame.sdk.backends.p2p_stream import LOOK_SECONDS, Stream, TlsStream, host_is_silent
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,8 @@
 """One connection between two workers, for one channel and group, after the handshake.
 
-It carries records: 16 bytes that say what follows, and for a message the message. Reading happens in the loop's thread,
-straight into the buffer in which the message will be used. Writing happens in the thread that sends, so that a
-message costs no hand-over; what cannot be written at once is waited for there (:func:`send_all`), for all receivers
-together. A lock keeps messages whole. The loop's own short records never wait for that lock: whoever holds it
-sends them along when done.
+It carries records (:mod:`.p2p_records`). Reading happens in the loop's thread, straight into the buffer in which the
+message will be used. Writing happens in the thread that sends (:mod:`.p2p_send`), so that a message costs no hand-over. A
+lock keeps messages whole. The loop's own short records never wait for that lock: whoever holds it sends them along.
 
 A connection per channel costs little and makes back-pressure simple: what does not fit the channel's window stays in
 the socket, and at last with the sender.
@@ -15,18 +13,17 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import select
-import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flame.sdk.backends.base import Frames, Member
+from flame.sdk.backends.base import Member
 from flame.sdk.backends.p2p_loop import GONE, READ, WRITE, Loop
 from flame.sdk.backends.p2p_memory import SMALL, STALL_SECONDS, Pool, Window
-from flame.sdk.backends.p2p_stream import IOVECS, Broken, Stream
+from flame.sdk.backends.p2p_records import ACCEPT, DATA, GOODBYE, MARK, RECORD, RELEASE, SEGMENT, control_record
+from flame.sdk.backends.p2p_stream import Broken, Stream
 
 if TYPE_CHECKING:
     from flame.sdk.backends.base import Sink
@@ -34,10 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RECORD = struct.Struct("<BBHIQ")
-#: Records: a message, a message in a shared segment, "segment taken in", "segment not used any more", "I am leaving".
-DATA, SEGMENT, ACCEPT, RELEASE, GOODBYE = range(1, 6)
-_MAGIC = 0x464C
 #: Most that is read of one connection before the others have their turn.
 _SLICE = 8 << 20
 #: Segments on their way to one peer that it has not taken in yet.
@@ -96,7 +89,10 @@ class Connection:
         self._target: memoryview | None = None  # of the large message that is being read
         self._memory: mmap.mmap | None = None
         self._at = 0
-        self._held = False  # the window is full
+        self._asked = -1  # the size that the window was asked for, until it is used
+        self._parked: tuple[int, int] | None = None  # a segment that waits for the window; short records may pass it
+        self._held = False  # nothing more is read before the window opens
+        self._departing = False
         self._watching = READ
         loop.register(stream.sock, READ, self._on_events)
         if stream.pending:
@@ -109,9 +105,7 @@ class Connection:
             self._flush_control()
         if self._held:
             if events & GONE:
-                # Nothing more can be learnt before the window opens; without this the loop would spin.
-                self._loop.unregister(self.stream.sock)
-                self._watching = -1
+                self._hold(gone=True)
         elif events & ~WRITE:
             self._read()
 
@@ -145,7 +139,10 @@ class Connection:
                         return
                 budget -= count
         except Broken as error:
-            self.end_with(str(error))
+            if self._parked is None:
+                self.end_with(str(error))
+            else:  # what it sent before still counts; the end is met again after that
+                self._hold(gone=True)
             return
         if self.stream.pending:
             self._loop.call(self._read)
@@ -153,20 +150,23 @@ class Connection:
     def _take_records(self, view: memoryview) -> None:
         """Take in all whole records; keep the rest for later."""
         at = 0
-        while len(view) - at >= _RECORD.size:
-            kind, _, magic, number, length = _RECORD.unpack_from(view, at)
-            if magic != _MAGIC:
+        while len(view) - at >= RECORD.size:
+            kind, _, magic, number, length = RECORD.unpack_from(view, at)
+            if magic != MARK:
                 raise Broken("sent something that is no record")
+            taken: int | None = 0
+            if self._parked is not None and kind not in (ACCEPT, RELEASE):
+                self._hold()
+                break
             if kind == DATA:
                 taken = self._take_data(view[at:], length)
             elif kind == SEGMENT:
-                taken = self._take_segment(number, length)
+                self._take_segment(number, length)
             else:
                 self._take_control(kind, number)
-                taken = 0
             if taken is None:
                 break
-            at += _RECORD.size + taken
+            at += RECORD.size + taken
             if self._target is not None or self.broken is not None:
                 break
         self._leftover = bytes(view[at:]) if at < len(view) else b""
@@ -175,10 +175,11 @@ class Connection:
         """A message: whole if it is small, else its beginning. Returns how much of it was in ``view``; None: come again."""
         if length > self._limit:
             raise Broken(f"sent a message of {length} bytes, at most {self._limit} are taken in")
-        body = view[_RECORD.size :]
+        body = view[RECORD.size :]
         if length <= SMALL and len(body) < length:
             return None
         if not self._enter(length):
+            self._hold()
             return None
         if length <= SMALL:
             data = bytes(body[:length])
@@ -198,34 +199,41 @@ class Connection:
         return count
 
     def _enter(self, length: int) -> bool:
-        """Ask the window; when it is full, reading stops until :meth:`proceed`."""
-        if self._admitted == length:
-            self._admitted = -1
+        """Ask the window; when it is full, :meth:`proceed` is called later."""
+        if self._asked == length:
+            self._asked = -1
             return True
         if self._window.enter(self, length):
             return True
-        self._admitted = length
-        self._held = True
-        self._watch()
+        self._asked = length
         self._loop.later(STALL_SECONDS, self._look_again)
         return False
 
-    _admitted = -1
+    def _hold(self, *, gone: bool = False) -> None:
+        """Read no more until the window opens. A socket at its end is not even watched: the loop would spin."""
+        self._held = True
+        if not gone:
+            self._watch()
+        elif self._watching != -1:
+            self._loop.unregister(self.stream.sock)
+            self._watching = -1
 
     def _look_again(self) -> None:
         """Timer: another one may have stalled in mid-message, and need not be waited for."""
-        if self._held and self.broken is None:
+        if self.held and self.broken is None:
             self._window.resume(self._loop.call)
-            if self._held:
-                self._loop.later(STALL_SECONDS, self._look_again)
+            self._loop.later(STALL_SECONDS, self._look_again)
 
     def proceed(self) -> None:
         """The window has let the next message in."""
-        if self.broken is not None:
+        if self.broken is not None or self._asked < 0:
             return
         self._held = False
+        parked, self._parked = self._parked, None
         leftover, self._leftover = self._leftover, b""
         try:
+            if parked is not None:
+                self._take_segment(*parked)
             self._take_records(memoryview(leftover))
         except Broken as error:
             self.end_with(str(error))
@@ -257,14 +265,15 @@ class Connection:
 
         self._sink.on_frames(self.end, data, release)
 
-    def _take_segment(self, number: int, length: int) -> int | None:
+    def _take_segment(self, number: int, length: int) -> None:
         """A message that lies in a segment of the peer."""
         if self.shared is None or not self.stream.fds:
             raise Broken("sent a shared segment that cannot be used here")
         if length > self._limit:
             raise Broken(f"sent a message of {length} bytes, at most {self._limit} are taken in")
         if not self._enter(length):
-            return None
+            self._parked = number, length
+            return
         fd = self.stream.fds.pop(0)
         self.shared.unmap_idle()
         mappings = self.shared.mappings
@@ -282,7 +291,6 @@ class Connection:
             self._loop.call(self.say, RELEASE, number)
 
         self._deliver(view, length, done)
-        return 0
 
     def _take_control(self, kind: int, number: int) -> None:
         if kind == GOODBYE:
@@ -315,16 +323,16 @@ class Connection:
         """Send a short record, without waiting; in the loop's thread."""
         if self.broken is not None:
             return
-        self._control.append(_RECORD.pack(kind, 0, _MAGIC, number, 0))
+        self._control.append(control_record(kind, number))
         self._flush_control()
 
     def _flush_control(self) -> None:
         # Who holds the lock looks here again after letting it go.
         while (self._control or self._rest) and self.lock.acquire(blocking=False):
             try:
-                self._rest += b"".join(self._control.popleft() for _ in range(len(self._control)))
-                if self._rest:
-                    self._rest = self._rest[self.stream.send([self._rest]) :]
+                unsent = self.take_unsent()
+                if unsent:
+                    self._rest = unsent[self.stream.send([unsent]) :]
             except Broken as error:
                 self._loop.call(self.end_with, str(error))
                 return
@@ -336,12 +344,21 @@ class Connection:
             self.stream.finish()
         self._watch()
 
+    def take_unsent(self) -> bytes:
+        """The short records that are to be sent before anything else; for who holds the lock."""
+        unsent, self._rest = self._rest, b""
+        return unsent + b"".join(self._control.popleft() for _ in range(len(self._control)))
+
+    def put_back(self, unsent: bytes) -> None:
+        """Nothing of :meth:`take_unsent` could be sent; for who holds the lock."""
+        self._rest = unsent
+
     def unlock(self) -> None:
         """Let go of :attr:`lock` after sending."""
         self.lock.release()
         if self.broken is not None:
             self._loop.call(self._close)
-        elif self._control:
+        elif self._control or self._rest:
             self._loop.call(self._flush_control)
 
     def fail(self, reason: str) -> None:
@@ -355,12 +372,7 @@ class Connection:
         self.broken = reason
         if self._watching != -1:
             self._loop.unregister(self.stream.sock)
-        self._window.leave(self, self._admitted)
-        if self._memory is not None:
-            self._target = None
-            self._pool.give(self._memory)
-            self._memory = None
-        self._window.resume(self._loop.call)
+        self._give_up_reading()
         with self.credited:
             self.credited.notify_all()
         self.forsake()
@@ -369,6 +381,15 @@ class Connection:
         self.stream.abort()
         self._close()
         self._on_end(self, reason)
+
+    def _give_up_reading(self) -> None:
+        self._window.leave(self, self._asked)
+        self._asked, self._parked = -1, None
+        if self._memory is not None:
+            self._target = None
+            self._pool.give(self._memory)
+            self._memory = None
+        self._window.resume(self._loop.call)
 
     def take_credit(self, seconds: float | None) -> bool:
         """Wait until the peer may be sent one more segment; False when that took too long, or the connection is over.
@@ -397,22 +418,15 @@ class Connection:
         if self.broken is not None or self._departing:
             return
         self._departing = True
-        self._window.leave(self, self._admitted)
-        self._admitted = -1
-        if self._memory is not None:
-            self._target = None
-            self._pool.give(self._memory)
-            self._memory = None
+        self._give_up_reading()
         self._held = False
         self._watch()
         self.say(GOODBYE)
 
-    _departing = False
-
     @property
     def held(self) -> bool:
-        """Whether reading waits for room in the window."""
-        return self._held
+        """Whether a message waits for room in the window."""
+        return self._asked >= 0
 
     def _drop(self) -> None:
         while self.stream.receive(self._scratch):
@@ -423,122 +437,3 @@ class Connection:
         if self.lock.acquire(blocking=False):
             self.stream.close()
             self.lock.release()
-
-
-class _Outgoing:
-    """A message on its way to one peer."""
-
-    __slots__ = ("buffers", "connection", "fd", "left", "sent")
-
-    def __init__(self, connection: Connection, buffers: Sequence[bytes | memoryview], fd: int | None) -> None:
-        self.connection = connection
-        self.buffers: deque[bytes | memoryview] = deque(buffers)
-        self.left = sum(len(buffer) for buffer in buffers)
-        self.sent = 0
-        self.fd = fd
-
-    def push(self) -> bool:
-        """Hand over what the kernel takes now; True when all of it is gone. Raises Broken."""
-        buffers = self.buffers
-        while buffers:
-            some = list(buffers) if len(buffers) <= IOVECS else [buffers[i] for i in range(IOVECS)]
-            count = self.connection.stream.send(some, self.fd)
-            if not count:
-                return False
-            self.fd = None
-            self.sent += count
-            while buffers and count >= len(buffers[0]):
-                count -= len(buffers.popleft())
-            if count:
-                buffers[0] = memoryview(buffers[0])[count:]
-        return True
-
-
-def data_record(frames: Frames) -> list[bytes | memoryview]:
-    """The buffers of a message that travels whole."""
-    return [_RECORD.pack(DATA, 0, _MAGIC, 0, frames.nbytes) + frames.head, *frames.buffers]
-
-
-def segment_record(number: int, length: int) -> list[bytes | memoryview]:
-    """The buffers of a message that lies in a segment."""
-    return [_RECORD.pack(SEGMENT, 0, _MAGIC, number, length)]
-
-
-def send_all(
-    connections: Sequence[Connection],
-    buffers: Sequence[bytes | memoryview],
-    deadline: float | None,
-    fd: int | None = None,
-) -> dict[str, str]:
-    """Send the same buffers over some connections; returns when they are in the kernel, or cannot get there.
-
-    A peer that does not take its message in time is cut off if it took a part of it: the rest could not be told from
-    the next message. It comes back by itself, with a new connection.
-
-    :param deadline: by :func:`time.monotonic`; None waits as long as it takes.
-    :returns: the ends that were not served, each with the reason.
-    """
-    failed: dict[str, str] = {}
-    locked: dict[int, _Outgoing] = {}
-    later: list[Connection] = []
-
-    def start(connection: Connection) -> None:
-        outgoing = _Outgoing(connection, buffers, fd)
-        if not step(outgoing):
-            locked[connection.stream.sock.fileno()] = outgoing
-
-    def step(outgoing: _Outgoing) -> bool:
-        """Push; True when this one needs no more."""
-        connection = outgoing.connection
-        try:
-            if connection.broken is not None:
-                raise Broken(connection.broken)
-            if not outgoing.push():
-                return False
-        except Broken as error:
-            failed[connection.end] = str(error)
-            connection.fail(str(error))
-        connection.unlock()
-        return True
-
-    for connection in connections:
-        if connection.lock.acquire(blocking=False):
-            start(connection)
-        else:
-            later.append(connection)
-    while locked or later:
-        for connection in later[:] if not locked else ():
-            # Another thread sends there; nothing else is left to do meanwhile.
-            if connection.lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
-                start(connection)
-            else:
-                failed[connection.end] = "is still busy with an earlier message"
-            later.remove(connection)
-        if not locked:
-            continue
-        left = None if deadline is None else deadline - time.monotonic()
-        ready = _wait_writable(locked, left)
-        if not ready and left is not None and deadline is not None and time.monotonic() >= deadline:
-            for outgoing in locked.values():
-                _give_up(outgoing, failed)
-            locked.clear()
-        for number in ready:
-            if step(locked[number]):
-                del locked[number]
-    return failed
-
-
-def _wait_writable(outgoing: dict[int, _Outgoing], seconds: float | None) -> list[int]:
-    poller = select.poll()
-    for number in outgoing:
-        poller.register(number, select.POLLOUT)
-    # A connection that is ended from elsewhere is shut down, which wakes this, but not closed: we hold its lock.
-    return [number for number, _ in poller.poll(None if seconds is None else max(0.0, seconds * 1000))]
-
-
-def _give_up(outgoing: _Outgoing, failed: dict[str, str]) -> None:
-    connection = outgoing.connection
-    failed[connection.end] = "did not take a message in time"
-    if outgoing.sent:
-        connection.fail("did not take a message in time")
-    connection.unlock()
