@@ -5,58 +5,36 @@ How it finds its aggregator, and what happens when that one is gone, is in :mod:
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from flame.errors import WorkerError
-from flame.sdk import datasamplers, optimizers, privacy
-from flame.sdk.datasamplers.base import TrainerSampler
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.horizontal.syncfl.follower import TAG_FETCH, TAG_UPLOAD, Follower
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.tasklet import Loop, Tasklet
-from flame.sdk.optimizers.base import Regularizer, difference
-from flame.sdk.privacy.base import Privacy
+from flame.sdk.mode.training import Training
+from flame.sdk.optimizers.base import Optimizer, difference
 from flame.sdk.weights import as_arrays, get_weights, set_weights
 
 __all__ = ["TAG_FETCH", "TAG_UPLOAD", "Trainer"]
 
 
-class Trainer(Follower):
+class Trainer(Training, Follower):
     """Trains the global model on its own data.
 
-    The user writes ``load_data``, ``initialize`` (which sets ``self.model``), ``train`` (which sets ``self.dataset_size``)
-    and ``evaluate``; ``self.regularizer.get_term(...)`` is the optimizer's term for the local loss.
+    See :class:`Training` for what the user writes.
 
-    :ivar dataset_size: how many samples were trained on; the weight of this update in the mean. With 0 it counts nothing.
-    :ivar datasampler: chooses the samples of a round: ``self.datasampler.sample(...)``.
     :ivar stat_utility: how useful this trainer's data are, for the selector oort; None: the datasampler may know.
-    :ivar local_steps: how many steps of local SGD a round makes, for the algorithms that need to know (scaffold ...).
     """
 
-    dataset_size: int
-    local_steps: int = 1
-    regularizer: Regularizer
-    datasampler: TrainerSampler
-    privacy: Privacy
     stat_utility: float | None = None
     _sends_differences: bool = False
     _start: Mapping[str, Any] | None = None
 
-    def internal_init(self) -> None:
-        """See :class:`Role`; also makes the optimizer's part for trainers."""
-        super().internal_init()
-        optimizer = optimizers.make(self.config.optimizer.sort, self.config.optimizer.kwargs)
-        self.regularizer = optimizer.regularizer()
+    def _use(self, optimizer: Optimizer) -> None:
+        """See :class:`Training`."""
         self._sends_differences = optimizer.differences
-        chosen = self.config.datasampler
-        self.datasampler = datasamplers.make(chosen.sort, chosen.kwargs).trainer_data_sampler
-        self.privacy = privacy.make(self.config.privacy.sort, self.config.privacy.kwargs)
-
-    @abstractmethod
-    def train(self) -> None:
-        """For the user: train ``self.model`` and set ``self.dataset_size``."""
 
     def get(self, tag: str) -> None:
         """What the tasklet ``fetch`` does."""
@@ -114,25 +92,6 @@ class Trainer(Follower):
             )
         weights = self.privacy.apply(weights, start)
         return difference(weights, start) if self._sends_differences else weights
-
-    def _training(self) -> tuple[int, float]:
-        """Local steps and learning rate of this round, for algorithms that need them."""
-        return self.local_steps, self.config.hyperparameters.learning_rate or 1.0
-
-    def _count(self) -> float:
-        count = getattr(self, "dataset_size", None)
-        if count is None:
-            raise WorkerError(
-                f"{type(self).__name__} has no dataset_size: set self.dataset_size to the number of samples "
-                "that it trains on, which is its weight in the mean."
-            )
-        return float(count)
-
-    def save_metrics(self) -> None:
-        """Report what :meth:`update_metrics` was told in this round."""
-        metrics = self.take_metrics()
-        if metrics:
-            self.link.metrics(self._round, metrics)
 
     def compose(self) -> None:
         """Put the workflow together: load_data, initialize, then until the work is done fetch, train, evaluate, upload."""
