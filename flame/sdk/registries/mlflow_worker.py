@@ -87,6 +87,9 @@ class Worker:
             if not self.ended and self._at_end():
                 if not listening:
                     return
+                if self.about.pop("torch", False):
+                    import mlflow.pytorch  # takes seconds: now, while the role works, not at the end  # noqa: F401
+                    import torch  # noqa: F401
                 listening = _nudged(None)
         self.report("done", uri=self.state["uri"], version=self.state["version"], run=self.state["run"])
 
@@ -158,9 +161,6 @@ class Worker:
             self._note_done()
         self.client = client
         self.report("open", run=self.state["run"])
-        if self.about.get("torch"):
-            import mlflow.pytorch  # takes seconds: now, while the role works, not at the end  # noqa: F401
-            import torch  # noqa: F401
 
     def _send_metrics(self, operations: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -266,15 +266,30 @@ def _placed() -> dict[str, str]:
 
 
 def _connect(uri: str) -> Any:
-    """A client that has reached MLflow. Of several that find an empty database one alone makes its tables."""
+    """A client that has reached MLflow."""
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    client = mlflow.MlflowClient(uri, uri)
     with _alone(uri):
+        _make_tables(uri)
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        client = mlflow.MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)
     return client
+
+
+def _make_tables(uri: str) -> None:
+    """Make a SQLite store beside its place and move it there: one that is cut off half made can never be opened again."""
+    import mlflow
+
+    path = _database(uri)
+    if path is None or path.exists():
+        return
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{beside}").search_experiments(max_results=1)
+    os.replace(beside, path)
 
 
 def _database(uri: str) -> Path | None:
@@ -285,6 +300,7 @@ def _database(uri: str) -> Path | None:
 
 @contextlib.contextmanager
 def _alone(uri: str) -> Iterator[None]:
+    """Of several jobs that find an empty store one alone fills it."""
     path = _database(uri)
     if path is None:
         yield
