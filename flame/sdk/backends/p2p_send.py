@@ -98,14 +98,13 @@ def send_all(
         if not locked:
             continue
         left = None if deadline is None else deadline - time.monotonic()
-        ready = _wait_writable(locked, left)
-        if not ready and left is not None and deadline is not None and time.monotonic() >= deadline:
+        for number in _wait_writable(locked, left):
+            if step(locked[number]):
+                del locked[number]
+        if deadline is not None and time.monotonic() >= deadline:
             for outgoing in locked.values():
                 _give_up(outgoing, failed)
             locked.clear()
-        for number in ready:
-            if step(locked[number]):
-                del locked[number]
     return failed
 
 
