@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class ChannelManager:
         self._key = key
         self._options = dict(options or {})
         self._window = window
+        self._condition = threading.Condition()
         if config is not None:
             self(config)
 
@@ -125,6 +127,7 @@ class ChannelManager:
             selector=self._selector(spec),
             window=self._window,
             compression=self._compression(spec),
+            condition=self._condition,
         )
         channel.join()
         self._channels[name] = channel

@@ -55,16 +55,22 @@ class Inbox:
     :param wants: whether a member is one that the channel talks with.
     :param on_want: called (under the lock) with the ends that are waited for while nothing of theirs is there, and with
         none when that is over.
+    :param condition: notified in place of one of its own: a worker's channels share one, so that a wait on one of them can
+        look at the others too.
     :ivar condition: notified whenever an end comes or goes, or a message arrives.
     :ivar present: the ends that are there, in the order in which they came.
     """
 
     def __init__(
-        self, window: int, wants: Callable[[Member], bool], on_want: Callable[[Collection[str]], None]
+        self,
+        window: int,
+        wants: Callable[[Member], bool],
+        on_want: Callable[[Collection[str]], None],
+        condition: threading.Condition | None = None,
     ) -> None:
         self.window = window
         self.wants = wants
-        self.condition = threading.Condition()
+        self.condition = condition or threading.Condition()
         self.present: dict[str, End] = {}
         self.reasons: dict[str, str] = {}
         self._on_want = on_want

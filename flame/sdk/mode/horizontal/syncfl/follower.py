@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flame.errors import EndLeft
-from flame.sdk.channel import VAL_CH_STATE_RECV, Channel
+from flame.sdk.channel import Channel
 from flame.sdk.codec import Message
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
@@ -39,8 +39,11 @@ class Follower(Role):
         while True:
             if self._source is None or (channel.is_rxq_empty(self._source) and not channel.has(self._source)):
                 self.await_peer(channel)
-                # Who has left may have said something last, such as that the work is done.
-                self._source = next(iter(channel.heard()), None) or channel.one_end(VAL_CH_STATE_RECV)
+                # Who has left may have said something last, such as that the work is done. No selector is asked: the job's
+                # chooses trainers.
+                self._source = next(iter([*channel.heard(), *channel.all_ends()]), None)
+                if self._source is None:
+                    continue  # it left at this moment
             message, _ = channel.recv(self._source)
             while message is not None and MessageType.EOT not in message and not channel.is_rxq_empty(self._source):
                 del message  # frees its memory before the next one is looked at

@@ -1,0 +1,1 @@
+"""Asynchronous federated learning (FedBuff): nobody waits for the slowest; late updates count less."""
