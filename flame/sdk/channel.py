@@ -221,7 +221,9 @@ class Channel:
         return hashlib.sha256("\n".join(sorted([*ends, self._me.end])).encode()).hexdigest()[:32] if ends else ""
 
     def member(self, end: str) -> Member | None:
-        """How an end presented itself; None when it is not there."""
+        """How an end, or this worker, presented itself; None when it is not there."""
+        if end == self._me.end:
+            return self._me
         known = self._inbox.present.get(end)
         return known.member if known else None
 

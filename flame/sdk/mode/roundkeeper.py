@@ -32,6 +32,10 @@ class RoundKeeper(Role):
         """See :class:`Role`; also opens the registry."""
         super().internal_init()
         self._rounds = int(self.config.hyperparameters.rounds)
+        self._open_registry()
+
+    def _open_registry(self) -> None:
+        """Open the registry; where the keeping of rounds moves from worker to worker, only when it falls to this one."""
         self.registry_client = registries.open_registry(self.config, self.link)
         self.registry_client.save_params(self.config.hyperparameters.dict())
 
