@@ -194,3 +194,28 @@ def test_without_any_trainer_the_job_fails_in_words(tmp_path, tiers):
     error = job.errors[job["top"][0]]
     assert isinstance(error, RoundFailed)
     assert "of at least 1 updates (policy.minTrainers)" in error.message
+
+
+# The example, through the whole system.
+
+
+@pytest.mark.parametrize("job", ["async", "async/three-tiers.yaml"])
+def test_the_example_learns_to_read(tmp_path, job):
+    with Run(tmp_path, job) as run:
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds == list(range(1, 41))
+    with np.load(ROOT / "examples" / "async" / "aggregator" / "held-out.npz") as data:
+        x, y = data["x"].reshape(-1, 64) / 16, data["y"]
+    model = result.models["model.safetensors"]
+    assert ((x @ model["weights"] + model["bias"]).argmax(1) == y).mean() > 0.8
+
+
+def test_a_killed_trainer_is_done_without_where_the_policy_allows_it(tmp_path):
+    with Run(tmp_path, "async", "hyperparameters.rounds=150", "policy.minTrainers=2") as run:
+        run.wait_for("round 5/")
+        run.kill_one("trainer")
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds[-1] == 150
+    assert "the job goes on without it" in result.text
