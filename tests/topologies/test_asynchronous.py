@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from runkit import ROOT, Run
 from treekit import DOWN, UP, InThread, Site, Top, Tree, spec, three_tiers, trained
 
 from flame.errors import RoundFailed, SpecError
