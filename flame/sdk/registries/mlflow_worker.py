@@ -21,6 +21,7 @@ import inspect
 import json
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -374,6 +375,8 @@ def main(arguments: list[str]) -> int:
             return 1
         return 0
     die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # meant for the role, which closes stdin when it ends
     with contextlib.suppress(OSError):
         os.nice(5)
     # MLflow prints to stdout; reports need one that is theirs alone.
