@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import hmac
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -151,6 +152,13 @@ class ChannelManager:
     def is_joined(self, name: str) -> bool:
         """Whether a channel is joined."""
         return name in self._channels
+
+    def secret(self, purpose: str) -> bytes:
+        """32 bytes that every worker of the job can make and nobody else, others for each purpose.
+
+        A job that is run by hand without ``FLAME_JOB_KEY`` has no secret: there they are made of its id.
+        """
+        return hmac.digest(self._job_key(), purpose.encode(), hashlib.sha256)
 
     def cleanup(self) -> None:
         """Leave all channels, after what was sent is delivered, and free everything. Safe to call again."""

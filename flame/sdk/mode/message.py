@@ -28,3 +28,12 @@ class MessageType(Enum):
     ALPHA_ADPT = 15  #: FedDyn: the adaptive hyperparameter
     EXTRA = 16  #: further named arrays of an optimizer (control variates ...)
     METADATA = 17  #: further small values beside an update (loss, number of steps ...)
+    IDS = 18  #: vertical: keyed hashes of a party's sample ids
+    NAME = 19  #: vertical: what a party is called
+    ROWS = 20  #: vertical: the samples that a message is about
+    STEP = 21  #: vertical: which request it is, or answers
+    TRAINING = 22  #: vertical: whether gradients will follow
+    ACTIVATIONS = 23  #: vertical: what a party's bottom model makes of its samples
+    GRADIENTS = 24  #: vertical: the loss's gradient by those
+    QUERY = 25  #: analytics: a question about the sites' data
+    ANSWER = 26  #: analytics: its answer, which adds up with the other sites'
