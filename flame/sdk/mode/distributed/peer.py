@@ -1,0 +1,122 @@
+"""What trainers that work without a server have in common: each is able to do what an aggregator would, and one does.
+
+That one is the *keeper* of a round: it reports the round and its metrics. Who it is may change from round to round; the model is
+kept at the end by one of those who are still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flame.errors import SpecError, WorkerError
+from flame.sdk.mode.roundkeeper import RoundKeeper
+from flame.sdk.mode.training import Training
+from flame.sdk.optimizers.base import Optimizer, Weights
+from flame.sdk.optimizers.fedavg import FedAvg
+from flame.sdk.optimizers.layout import Flat, Layout, widen
+from flame.sdk.optimizers.sums import check_finite
+from flame.sdk.weights import get_weights
+
+
+def only_averages(optimizer: Optimizer, where: str) -> None:
+    """Refuse an optimizer that does more at the server than take the weighted mean: there is no server.
+
+    :raises flame.errors.SpecError: it does.
+    """
+    kind: Any = type(optimizer)
+    if not issubclass(kind, FedAvg) or kind.close is not FedAvg.close or kind.weigh is not FedAvg.weigh:
+        raise SpecError(
+            f"{where} learning averages the members' models and has no place for a server's rule such as "
+            f"{optimizer.sort!r}: choose fedavg or fedprox.",
+            "optimizer",
+        )
+
+
+class Peer(Training, RoundKeeper):
+    """Base of the trainers without a server.
+
+    :ivar is_committer: whether this member keeps the current round.
+    """
+
+    is_committer: bool = False
+    _common: Weights = {}  # the model of the last round: training changes self.model, and others may want this one
+    _start: Weights = {}
+    _private: int = 0
+    _layout: Layout | None = None
+
+    def _open_registry(self) -> None:
+        """Not before it is needed: see :meth:`_keep`."""
+
+    def _keep(self) -> None:
+        """The keeping of rounds, or of the model, falls to this member."""
+        if "registry_client" not in self.__dict__:
+            super()._open_registry()
+
+    def _begin_round(self, weights: Weights) -> None:
+        """Training begins from ``weights``, which stay as they are meanwhile; for algorithms that want to know."""
+        self._start = weights
+        self.regularizer.begin(weights, {})
+
+    def _trained_weights(self) -> Weights:
+        """The model after training as it leaves this member: private if the job says so. Call it once a round."""
+        weights: Weights = get_weights(self.model)
+        if self.regularizer.finish(weights, *self._training()):
+            raise WorkerError(
+                f"The optimizer {self.config.optimizer.sort!r} sends further arrays to a server, and there is none."
+            )
+        if self.privacy.sort != "default":
+            weights = self.privacy.apply(weights, self._start)
+        self._start = {}
+        return weights
+
+    def _spend(self) -> None:
+        """A round was made of private updates; who came later counts the rounds before as well."""
+        while self._private < self._round:
+            self._private += 1
+            self.privacy.step()
+        self.update_metrics(self.privacy.metrics())
+
+    def save_metrics(self) -> None:
+        """Report what :meth:`update_metrics` was told in this round; the keeper reports the round."""
+        if self.is_committer:
+            self._keep()
+            RoundKeeper.save_metrics(self)
+        else:
+            super().save_metrics()
+
+    def increment_round(self) -> None:
+        """Go on to the next round; the work is done after the last one, or when a further one would exceed the privacy's budget."""
+        super().increment_round()
+        self._work_done = self._work_done or not self.privacy.affords()
+
+    def save_model(self) -> None:
+        """See :class:`RoundKeeper`."""
+        self._keep()
+        super().save_model()
+
+    def _scaled(self, weights: Weights, count: float) -> tuple[Flat, float]:
+        """A model times its number of samples, as flat vectors; zeros, with a warning, where it has values that are not finite."""
+        if self._layout is None or not self._layout.fits(weights):
+            self._layout = Layout(weights)
+        flat = self._layout.empty()
+        runs = self._layout.runs(weights, self.config.task_id)
+        try:
+            check_finite(runs, self.config.task_id)
+        except WorkerError as error:
+            self.link.warning(f"Round {self._round}: {error.message}")
+            count = 0.0
+        for run in runs:
+            target = flat[run.group][run.start : run.start + run.array.size]
+            if count > 0:
+                np.multiply(widen(run.array), count, out=target, dtype=target.dtype, casting="unsafe")
+            else:
+                target.fill(0)
+        return flat, count
+
+    def _unscaled(self, flat: Flat) -> Mapping[str, Any]:
+        """The model whose values are in flat vectors."""
+        assert self._layout is not None
+        return self._layout.weights(flat)

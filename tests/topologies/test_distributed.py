@@ -1,0 +1,365 @@
+"""Distributed learning: the members' models are averaged exactly, by members that come, go and die as they like."""
+
+import queue
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+import peerkit
+from peerkit import InThread, Job, Line, close, federated, said
+
+from flame.errors import RoundFailed, SpecError
+from flame.sdk.mode.distributed.agreement import NEWCOMER, Stand, decide
+from flame.sdk.mode.distributed.ring import allreduce
+from flame.sdk.mode.distributed.trainer import Trainer
+
+
+class Member(InThread, Line, Trainer):
+    pass
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path)
+
+
+def members(job, numbers, cls=Member, **more):
+    more = {"peers": len(numbers) - 1, **more}
+    return [job.add(cls, "trainer", number, **peerkit.settings(**more)) for number in numbers]
+
+
+# The ring by itself.
+
+
+def in_a_ring(vectors, counts, piece):
+    """Run the all-reduce in threads, over queues; gives each member's result and total."""
+    size = len(vectors)
+    pipes = [queue.Queue() for _ in range(size)]
+    flats = [
+        {group: array.astype(array.dtype) * count for group, array in flat.items()}
+        for flat, count in zip(vectors, counts, strict=True)
+    ]
+    totals = [None] * size
+
+    def member(rank):
+        def send(index, parts, samples):
+            pipes[(rank + 1) % size].put((index, {group: part.copy() for group, part in parts.items()}, samples))
+
+        def receive(index):
+            number, parts, samples = pipes[rank].get(timeout=20)
+            assert number == index
+            return parts, samples
+
+        totals[rank] = allreduce(flats[rank], counts[rank], rank, size, send, receive, piece=piece)
+
+    threads = [threading.Thread(target=member, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return flats, totals
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 7),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    piece=st.sampled_from([8, 24, 64, 1 << 20]),
+    counts=st.lists(st.integers(0, 1000), min_size=7, max_size=7),
+)
+def test_the_ring_gives_all_the_weighted_mean_whatever_the_size_of_model_piece_and_ring(size, lengths, piece, counts):
+    counts = [*map(float, counts[: size - 1]), 3.0]
+    rng = np.random.default_rng(size)
+    kinds = [np.float64, np.float32, np.complex128]
+    vectors = [
+        {f"g{i}": rng.normal(size=length).astype(kinds[i]) for i, length in enumerate(lengths)} for _ in range(size)
+    ]
+    flats, totals = in_a_ring(vectors, counts, piece)
+    assert totals == [sum(counts)] * size
+    for group in vectors[0]:
+        expected = sum(c * v[group].astype(complex) for c, v in zip(counts, vectors, strict=True)) / sum(counts)
+        assert np.allclose(flats[0][group], expected, atol=1e-5)
+        assert all(np.array_equal(flat[group], flats[0][group]) for flat in flats), "not the same bits everywhere"
+
+
+# Who does what next.
+
+stands = st.dictionaries(
+    st.sampled_from("abcdef"),
+    st.builds(lambda done, trained: Stand(done, trained and done != NEWCOMER, 1), st.integers(-1, 3), st.booleans()),
+    min_size=1,
+)
+
+
+@given(stands, st.integers(1, 3))
+def test_a_plan_never_averages_updates_of_different_models_and_leaves_nobody_out(stands, least):
+    order = sorted(stands)
+    plan = decide("p", stands, order, least)
+    ahead = max(stand.done for stand in stands.values())
+    assert all(stands[end].done == ahead and stands[end].trained for end in plan.ring)
+    if plan.failure:
+        return
+    assert not plan.ring or len(plan.ring) >= least
+    assert plan.ring == sorted(plan.ring)
+    # After it nobody is behind the others but those who have not trained yet.
+    behind = {end for end in order if stands[end].done < ahead}
+    assert set(plan.to) == behind if ahead != NEWCOMER else set(plan.to) == set(order[1:])
+    assert not behind or plan.giver not in behind
+
+
+@settings(max_examples=200)
+@given(stands, st.integers(1, 3))
+def test_plans_come_to_an_end(stands, least):
+    """Members that do as they are told, and train before they come back, reach a common end."""
+    stands = {end: Stand(stand.done, stand.done != NEWCOMER, 1) for end, stand in stands.items()}
+    for _ in range(30):
+        plan = decide("p", stands, sorted(stands), least)
+        if plan.failure:
+            assert len(stands) < least
+            return
+        for end in {*plan.members, plan.giver}:
+            stands = {**stands, end: Stand(plan.round, False, 1)}
+        if all(stand.done >= 5 for stand in stands.values()):
+            return
+        stands = {end: Stand(stand.done, True, 1) for end, stand in stands.items()}
+    raise AssertionError(stands)
+
+
+# The job.
+
+
+@pytest.mark.parametrize("numbers", [[1], [1, 2], [1, 2, 3, 4, 5]])
+def test_every_round_gives_all_members_the_mean_weighted_by_their_samples(job, numbers):
+    peers = members(job, numbers, rounds=4)
+    job.run()
+    first = min(peers, key=lambda peer: peer._table.me.order)
+    start = {"w": np.full(3, float(first.number)), "b": np.array(0.5)}
+    expected = federated(numbers, 4, start)
+    for peer in peers:
+        assert sorted(peer.after) == [1, 2, 3, 4]
+        for number, model in peer.after.items():
+            assert close(model, expected[number])
+            assert np.array_equal(model["w"], peers[0].after[number]["w"]), "not the same bits everywhere"
+    # One of them reports the rounds and keeps the model.
+    assert [number for number, _ in said("round", peers)] == [1, 2, 3, 4]
+    assert len(said("model", peers)) == 1
+
+
+def test_full_participation_equals_gradient_descent_on_the_pooled_data(job):
+    numbers = [1, 2, 3]
+    peers = members(job, numbers, rounds=5)
+    job.run()
+    x = np.vstack([peerkit.data_of(n)[0] for n in numbers])
+    y = np.concatenate([peerkit.data_of(n)[1] for n in numbers])
+    first = min(peers, key=lambda peer: peer._table.me.order)
+    w, b = np.full(3, float(first.number)), 0.5
+    for _ in range(5):
+        error = x @ w + b - y
+        w, b = w - 0.01 * error @ x / len(y), b - 0.01 * error.mean()
+    assert np.allclose(peers[0].after[5]["w"], w, atol=1e-10)
+
+
+def test_equal_datasets_do_not_confuse_the_ring(job):
+    class Equal(Member):
+        def load_data(self):
+            self.dataset_size = 10
+
+    peers = members(job, [1, 2, 3, 4], cls=Equal, rounds=2)
+    job.run()
+    assert all(sorted(peer.after) == [1, 2] for peer in peers)
+    assert all(np.array_equal(peer.after[2]["w"], peers[0].after[2]["w"]) for peer in peers)
+
+
+def test_integers_and_half_floats_are_averaged_in_their_own_types(job):
+    class Mixed(Member):
+        def initialize(self):
+            self.model = {"n": np.array([3], np.int64), "h": np.zeros(5, np.float16), "f": np.zeros((2, 2), np.float32)}
+
+        def train(self):
+            self.model["n"] = self.model["n"] + self.number
+            self.model["h"] = self.model["h"] + np.float16(self.number)
+            self.model["f"] = self.model["f"] + np.float32(self.number)
+            self.dataset_size = 1
+
+        def evaluate(self):
+            pass
+
+    peers = members(job, [1, 2, 3], cls=Mixed, rounds=2)
+    job.run()
+    for peer in peers:
+        assert (peer.model["n"].dtype, peer.model["n"].tolist()) == (np.int64, [7])
+        assert (peer.model["h"].dtype, peer.model["h"].tolist()) == (np.float16, [4] * 5)
+        assert peer.model["f"].tolist() == [[4, 4], [4, 4]]
+
+
+class Mortal(Member):
+    """Disappears at a place of a round, as a killed process does: nothing more is said."""
+
+    def hold(self, round):
+        if self.config.hyperparameters.get("dies") == ["train", round]:
+            self.vanish()
+
+    def _reduce(self, plan):
+        if self.config.hyperparameters.get("dies") == ["reduce", plan.round]:
+            self.vanish()
+        if self.config.hyperparameters.get("dies") == ["gather", plan.round]:
+            table, count = self._table, iter(range(10**6))
+            send = table.send_segment
+            stop = 2 * (len(plan.ring) - 1) - 1
+
+            def some(*told):
+                if next(count) == stop:
+                    self.vanish()
+                send(*told)
+
+            table.send_segment = some
+        super()._reduce(plan)
+
+    def vanish(self):
+        self.cm.cleanup()
+        raise SystemExit("vanished")
+
+    def compose(self):
+        super().compose()
+
+
+def run_with_a_death(job, timeout=60):
+    for role in job.roles:
+        job.start(role)
+    for thread in job.threads:
+        thread.join(timeout)
+        assert not thread.is_alive(), "a member hangs"
+    return {role.number: error for role, error in job.errors.items()}
+
+
+@pytest.mark.parametrize("place", ["train", "reduce", "gather"])
+@pytest.mark.parametrize("victim", [1, 2, 3, 4])
+def test_the_ring_is_formed_anew_of_those_who_are_left(job, place, victim):
+    numbers = [1, 2, 3, 4]
+    for number in numbers:
+        hyper = {"rounds": 4, **({"dies": [place, 2]} if number == victim else {})}
+        job.add(Mortal, "trainer", number, **peerkit.settings(peers=3), hyperparameters=hyper)
+    errors = run_with_a_death(job)
+    assert list(errors) == [victim]
+    assert isinstance(errors[victim], SystemExit)
+    left = [role for role in job.roles if role.number != victim]
+    for role in left:
+        assert set(role.after) == {1, 2, 3, 4} if place != "gather" else {1, 4} <= set(role.after)
+        assert np.array_equal(role.model["w"], left[0].model["w"])
+    if place != "gather":
+        rest = [n for n in numbers if n != victim]
+        expected = federated(rest, 3, left[0].after[1])
+        assert close(left[0].after[4], expected[3])
+    assert len(said("model", left)) == 1
+
+
+def test_too_few_members_end_the_work_of_all_in_words(job):
+    for number in (1, 2, 3):
+        hyper = {"rounds": 4, **({"dies": ["train", 2]} if number == 2 else {})}
+        more = {**peerkit.settings(peers=2), "policy": {"minTrainers": 3, "joinDeadline": 0.5}}
+        job.add(Mortal, "trainer", number, **more, hyperparameters=hyper)
+    errors = run_with_a_death(job)
+    assert set(errors) == {1, 2, 3}
+    for number in (1, 3):
+        assert isinstance(errors[number], RoundFailed)
+        assert "Round 2 has 2 of at least 3 updates" in errors[number].message
+
+
+def test_who_joins_later_gets_the_model_and_takes_part_from_the_next_round_on(job):
+    come, there = threading.Event(), threading.Event()
+
+    class Patient(Member):
+        def hold(self, round):
+            if round == 2:
+                come.set()
+                assert there.wait(30)
+
+    first = members(job, [1, 2], cls=Patient, rounds=5)
+    for role in first:
+        job.start(role)
+    assert come.wait(30)
+
+    class Late(Member):
+        def member_check(self):
+            there.set()
+            super().member_check()
+
+    late = job.add(Late, "trainer", 3, **peerkit.settings(peers=0, rounds=5))
+    job.start(late)
+    job.join()
+    assert set(first[0].after) == {1, 2, 3, 4, 5}
+    joined = min(late.after)
+    assert joined in (3, 4)  # it came while the others worked on the second
+    assert set(late.after) == set(range(joined, 6))
+    expected = federated([1, 2, 3], 6 - joined, first[0].after[joined - 1])
+    for role in (*first, late):
+        assert close(role.after[5], expected[6 - joined])
+
+
+def test_a_member_that_is_too_slow_is_left_behind_and_takes_part_again(job):
+    gate = threading.Event()
+
+    class Slow(Member):
+        def hold(self, round):
+            if self.number == 2 and round == 2:
+                assert gate.wait(30)
+
+        def evaluate(self):
+            super().evaluate()
+            if self.number != 2 and self._round == 2:
+                gate.set()
+
+    peers = members(job, [1, 2, 3], cls=Slow, rounds=4, policy={"roundDeadline": 1.0})
+    job.run()
+    fast, slow = peers[0], peers[1]
+    assert close(fast.after[2], federated([1, 3], 1, fast.after[1])[1])
+    assert all(np.array_equal(peer.model["w"], fast.model["w"]) for peer in peers)
+    assert close(fast.after[4], federated([1, 2, 3], 1, fast.after[3])[1])
+    assert 4 in slow.after
+
+
+def test_an_update_with_values_that_are_not_finite_is_left_out(job):
+    class Broken(Member):
+        def train(self):
+            super().train()
+            if self.number == 2 and self._round == 2:
+                self.model["w"] = self.model["w"] * np.nan
+
+    peers = members(job, [1, 2, 3], cls=Broken, rounds=2)
+    job.run()
+    assert close(peers[0].after[2], federated([1, 3], 1, peers[0].after[1])[1])
+    assert "not finite" in peers[1].link_for_test.of("warning")[0]
+
+
+def test_a_servers_rule_is_refused_in_words(job):
+    members(job, [1], optimizer={"sort": "fedadam", "kwargs": {}})
+    with pytest.raises(SpecError, match="no place for a server's rule such as 'fedadam'"):
+        job.run()
+
+
+def test_the_proximal_term_knows_what_training_began_from(job):
+    seen = []
+
+    class Proximal(Member):
+        def train(self):
+            super().train()
+            seen.append(self.regularizer.gradient(self.model))
+
+    members(job, [1, 2], cls=Proximal, rounds=2, optimizer={"sort": "fedprox", "kwargs": {"mu": 0.1}})
+    job.run()
+    assert all(np.abs(gradient["w"]).max() > 0 for gradient in seen)
+
+
+def test_a_script_of_flames_library_names_the_same_class():
+    from flame.mode.distributed.trainer import TAG_RING_ALLREDUCE
+    from flame.mode.distributed.trainer import Trainer as Named
+
+    assert Named is Trainer
+    assert Named.get_func_tags() == [TAG_RING_ALLREDUCE] == ["ring_allreduce"]
