@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "mqtt"))
 import peerkit
+import runkit
+from mqttkit import Mosquitto
 from peerkit import InThread, Job, Line, close, federated, said
 
 from flame.errors import RoundFailed, SpecError
@@ -363,3 +366,49 @@ def test_a_script_of_flames_library_names_the_same_class():
 
     assert Named is Trainer
     assert Named.get_func_tags() == [TAG_RING_ALLREDUCE] == ["ring_allreduce"]
+
+
+# The example, through the whole system.
+
+
+def test_the_ring_of_the_example_computes_what_the_formula_says(tmp_path):
+    with runkit.Run(tmp_path, "distributed") as run:
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds == list(range(1, 16))
+    weights, bias = runkit.federated([1, 2, 3, 4], 15)
+    assert np.allclose(result.models["model.safetensors"]["weights"], weights, rtol=0, atol=1e-9)
+    assert np.allclose(result.models["model.safetensors"]["bias"], bias, rtol=0, atol=1e-9)
+
+
+def test_the_ring_works_over_mqtt_too(tmp_path):
+    mosquitto = Mosquitto(tmp_path / "mosquitto")
+    try:
+        broker = f'brokers=[{{"sort": "mqtt", "host": "{mosquitto.address}"}}]'
+        with runkit.Run(tmp_path, "distributed", "backend=mqtt", broker, "hyperparameters.rounds=3") as run:
+            result = run.result()
+    finally:
+        mosquitto.kill()
+    assert result.state == "completed"
+    weights, _ = runkit.federated([1, 2, 3, 4], 3)
+    assert np.allclose(result.models["model.safetensors"]["weights"], weights, rtol=0, atol=1e-9)
+
+
+def test_a_killed_member_is_done_without_where_the_policy_allows_it(tmp_path):
+    with runkit.Run(tmp_path, "distributed", "hyperparameters.rounds=400") as run:
+        run.wait_for("round 5/")
+        run.kill_one("trainer")
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds[-1] == 400
+    assert "the job goes on without it" in result.text
+    assert "model.safetensors" in result.models
+
+
+def test_a_killed_member_that_the_policy_needs_ends_the_job(tmp_path):
+    with runkit.Run(tmp_path, "distributed", "hyperparameters.rounds=100000", "policy.minTrainers=4") as run:
+        run.wait_for("round 5/")
+        run.kill_one("trainer")
+        result = run.result()
+    assert result.state == "failed"
+    assert "SIGKILL" in result.text
