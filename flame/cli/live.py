@@ -102,6 +102,7 @@ class Live(View):
         if expected is None:
             return Text(f"{len(rounds)}  {pace}")
         line = Table.grid(padding=(0, 2))
+        expected *= len({one.group for one in rounds}) or 1
         line.add_row(_bar(len(rounds), expected), f"{len(rounds)}/{expected}", pace)
         return line
 

@@ -92,8 +92,9 @@ class Progress:
 
     def _on_round(self, data: dict[str, Any]) -> list[str]:
         done = msgspec.convert(data, Round)
-        self.rounds = [*(one for one in self.rounds if one.round != done.round), done]
-        self.latest |= done.metrics
+        self.rounds = [*(one for one in self.rounds if (one.round, one.group) != (done.round, done.group)), done]
+        where = f"{done.group}." if done.group else ""
+        self.latest |= {f"{where}{name}": value for name, value in done.metrics.items()}
         return [describe(done, self.expected)]
 
     def _on_model(self, data: dict[str, Any]) -> list[str]:
@@ -111,4 +112,5 @@ def describe(done: Round, expected: int | None) -> str:
 
     of = f"/{expected}" if expected else ""
     metrics = "".join(f"  {name} {number(value)}" for name, value in done.metrics.items())
-    return f"round {done.round}{of}{metrics}  {span(done.seconds)}"
+    group = f"{done.group}  " if done.group else ""
+    return f"{group}round {done.round}{of}{metrics}  {span(done.seconds)}"

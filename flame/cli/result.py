@@ -21,9 +21,15 @@ def document(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {
         "job": job.id,
         "state": job.state.value,
-        "rounds": [{"round": one.round, "metrics": one.metrics, "seconds": one.seconds} for one in job.rounds],
+        "rounds": [
+            {"round": one.round, "metrics": one.metrics, "seconds": one.seconds}
+            | ({"group": one.group} if one.group else {})
+            for one in job.rounds
+        ],
         "model": msgspec.to_builtins(job.model),
     }
+    if job.models:
+        result["models"] = msgspec.to_builtins(job.models)
     if job.failure is not None:
         result["failure"] = msgspec.to_builtins(job.failure)
     return result
@@ -49,16 +55,20 @@ def report(job: Job, registry: str | None = None) -> None:
     facts: list[tuple[str, object]] = [("job", f"{job.name} ({job.id})"), ("state", job.state.value), ("took", took)]
     if job.state is not JobState.COMPLETED:
         facts += [("reason", job.reason), *failure(job.failure)]
-    if job.model is not None:
-        facts += [("model", where(job.model)), ("load it", how_to_load(job.model, registry))]
+    for model in job.models or filter(None, [job.model]):
+        of = f" {model.group}" if model.group else ""
+        facts += [(f"model{of}", where(model)), ("load it", how_to_load(model, registry))]
     output.facts([*facts, ("warnings", "\n".join(job.warnings))])
 
 
 def rounds(done: list[Round]) -> None:
-    """Print a table of rounds, shortened in the middle when there are many."""
+    """Print a table of rounds, shortened in the middle when there are many; of independent groups one after another."""
+    grouped = any(one.group for one in done)
+    done = sorted(done, key=lambda one: one.group)
     names = list(dict.fromkeys(name for one in done for name in one.metrics))
     rows: list[list[object]] = [
         [
+            *([one.group] if grouped else []),
             one.round,
             *(output.number(one.metrics[name]) if name in one.metrics else None for name in names),
             f"{one.seconds:.3f}",
@@ -68,8 +78,10 @@ def rounds(done: list[Round]) -> None:
     left_out = len(rows) - _MOST_ROUNDS
     if left_out > 0:
         middle = _MOST_ROUNDS // 2
-        rows[middle:-middle] = [["..."] * (len(names) + 2)]
-    output.table(["ROUND", *names, "SECONDS"], rows, right=range(len(names) + 2))
+        rows[middle:-middle] = [["..."] * (len(names) + 2 + grouped)]
+    head = ["GROUP"] if grouped else []
+    right = range(len(head), len(head) + len(names) + 2)
+    output.table([*head, "ROUND", *names, "SECONDS"], rows, right=right)
     if left_out > 0:
         click.echo(f"({left_out} rounds in the middle are left out; `-o json` has them all)")
 

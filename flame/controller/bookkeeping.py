@@ -180,7 +180,7 @@ def job_news(job: Job, state: JobState | None = None) -> Entry:
 
 def round_of(data: dict[str, Any]) -> Round:
     """The round that an event tells of."""
-    return Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"])
+    return Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"], group=data.get("group", ""))
 
 
 def ends(event: Event) -> bool:

@@ -16,7 +16,7 @@ from flame.controller.bookkeeping import WARNINGS, Entry, History, job_stream, r
 from flame.controller.context import Context, StoredTask, log
 from flame.controller.shelf import Saved
 from flame.errors import StoreError
-from flame.spec.records import Job, Round
+from flame.spec.records import Job, Model, Round
 
 
 class Ledger:
@@ -64,6 +64,12 @@ class Ledger:
         """Write changed fields of the job's record."""
         if fields:
             await self._context.jobs.put(self._job, msgspec.structs.replace(self._job.record, **fields))
+
+    async def keep_model(self, model: Model) -> None:
+        """Note where the job's model is; one of several where its groups are independent."""
+        others = [each for each in self._job.record.models if each.group != model.group]
+        models = sorted([*others, model], key=lambda each: each.group)
+        await self.save_job(model=models[0], models=models if model.group else [])
 
     async def save_task(self, id: str, **fields: Any) -> None:
         """Write changed fields of a task's record."""

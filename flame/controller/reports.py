@@ -28,6 +28,7 @@ class MetricsData(Record, kw_only=True):
     round: int
     metrics: dict[str, Any] = {}
     seconds: float = 0.0
+    group: str = ""
 
     def numbers(self) -> dict[str, float]:
         """The metrics that are numbers. (What is not a number, or infinite, arrives as null: JSON has no word for it.)"""

@@ -223,7 +223,7 @@ class Supervisor:
     def _measured(self, task: str, attempt: int, report: Report, data: said.MetricsData) -> Entry:
         news = {"round": data.round, "metrics": data.numbers(), "task": task, "attempt": attempt, "report": report.seq}
         if report.type == "round":
-            return "round", {**news, "seconds": data.seconds}
+            return "round", {**news, "seconds": data.seconds, **({"group": data.group} if data.group else {})}
         return "metrics", {**news, "role": self._life.tasks[task].role}
 
     async def _hear(self, task: str, attempt: int, report: Report, data: Record) -> None:
@@ -245,7 +245,7 @@ class Supervisor:
                 await self._rendezvous.leave(task, data.channel, data.group)
             case Model():
                 async with self._lock:
-                    await self._ledger.save_job(model=data)
+                    await self._ledger.keep_model(data)
                     await self._ledger.publish([("model", msgspec.to_builtins(data))])
             case said.MessageData(message=message) if report.type == "warning":
                 async with self._lock:

@@ -39,6 +39,8 @@ class Link:
 
     #: How workers find each other through the control plane; None where there is none.
     rendezvous: Rendezvous | None = None
+    #: The group whose rounds and model this worker tells of, in a job of independent groups; empty where there is one.
+    group: str = ""
 
     def __init__(self, artifacts: str | os.PathLike[str] | None = None) -> None:
         self._folder = Path(artifacts or os.environ.get("FLAME_ARTIFACTS") or "artifacts")
@@ -133,7 +135,8 @@ class SocketLink(Link):
 
     def round(self, round: int, metrics: Mapping[str, float], seconds: float) -> None:
         """See :class:`Link`."""
-        self.say({"type": "round", "round": round, "metrics": metrics, "seconds": seconds}, urgent=False)
+        line = {"type": "round", "round": round, "metrics": metrics, "seconds": seconds}
+        self.say({**line, "group": self.group} if self.group else line, urgent=False)
 
     def warning(self, message: str) -> None:
         """See :class:`Link`; also goes to the log."""

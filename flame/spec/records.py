@@ -68,21 +68,29 @@ class Failure(Record, kw_only=True):
 
 
 class Round(Record, kw_only=True):
-    """One finished round of a job, as its aggregating role reported it. ``seconds`` is the round's wall time."""
+    """One finished round of a job, as its aggregating role reported it. ``seconds`` is the round's wall time.
+
+    ``group``: whose round it was, in a job of independent groups; empty where there is one.
+    """
 
     round: int
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    group: str = ""
 
 
 class Model(Record, kw_only=True):
-    """Where a job's model is: ``path`` in the server's data directory, ``uri`` and ``version`` in the registry."""
+    """Where a job's model is: ``path`` in the server's data directory, ``uri`` and ``version`` in the registry.
+
+    ``group``: whose model it is, in a job of independent groups; empty where there is one.
+    """
 
     name: str
     path: str | None = None
     uri: str | None = None
     version: str | None = None
     registry: str = "local"
+    group: str = ""
 
 
 class Design(Record, kw_only=True):
@@ -106,7 +114,10 @@ class DatasetRecord(Record, kw_only=True):
 
 
 class Job(Record, kw_only=True):
-    """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04."""
+    """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04.
+
+    ``model`` is the job's model; of a job of independent groups the first one's, and ``models`` has those of all.
+    """
 
     id: str
     name: str
@@ -122,6 +133,7 @@ class Job(Record, kw_only=True):
     reason: str | None = None
     rounds: list[Round] = field(default_factory=list)
     model: Model | None = None
+    models: list[Model] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -154,7 +166,7 @@ class Event(Record, kw_only=True):
     * ``job``: ``{state, reason?, failure?}``
     * ``task``: ``{task, role, index, state, attempt, reason?, failure?}``
     * ``metrics``: ``{task, role, round, metrics}``, from one worker
-    * ``round``: ``{round, metrics, seconds}``, a finished round
+    * ``round``: ``{round, metrics, seconds, group?}``, a finished round
     * ``model``: a :class:`Model`
     * ``warning``: ``{message}``
 
@@ -190,7 +202,7 @@ class Report(Record, kw_only=True):
 
     * ``state``: ``{state: running | completed | failed | terminated, exitCode?, signal?, message?, log?}``
     * ``metrics``: ``{round, metrics}``
-    * ``round``: ``{round, metrics, seconds}`` (from the role that closes the rounds)
+    * ``round``: ``{round, metrics, seconds, group?}`` (from the role that closes the rounds)
     * ``join``: ``{channel, group, member: {end, role, attempt, address, ...}}``; ``leave``: ``{channel, group}``
     * ``model``: a :class:`Model`
     * ``warning``: ``{message}``
