@@ -1,5 +1,6 @@
 """A network that is split over parties learns what the unsplit one learns, and no party sees another's data or ids."""
 
+import re
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "sdk"))
+from runkit import Run
 from syncjob import InThread, Job, Recorder
 
 from flame.errors import FlameError, RoundFailed, WorkerError
@@ -309,3 +311,32 @@ def test_parties_without_a_common_sample_are_told_so(tmp_path):
         job.start(role)
     ended(job)
     assert "No sample is known to all of a, b and this party" in job.errors[active].message
+
+
+# Through the whole system, as processes over p2p.
+
+
+def test_the_example_learns_to_tell_benign_from_malignant(tmp_path):
+    with Run(tmp_path, "vertical") as run:
+        result = run.result()
+    assert result.state == "completed", result.text
+    assert result.rounds == list(range(1, 9))
+    assert float(re.findall(r"accuracy ([\d.]+)", result.text)[-1]) >= 0.95
+    assert result.models.keys() == {
+        "model.safetensors",
+        *(f"bottom-{name}.safetensors" for name in ("mean", "error", "worst")),
+    }
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_a_killed_laboratory_ends_the_job_unless_the_policy_does_without_it(tmp_path, enough):
+    settings = ["hyperparameters.epochs=60", "hyperparameters.rounds=3", *(["policy.minTrainers=2"] if enough else [])]
+    with Run(tmp_path, "vertical", *settings) as run:
+        run.wait_for("round 1/")
+        run.kill_one("laboratory")
+        result = run.result()
+    assert result.state == ("completed" if enough else "failed"), result.text
+    assert "SIGKILL" in result.text
+    if enough:
+        assert "goes on without the features of" in result.text
+        assert result.rounds == [1, 2, 3]
