@@ -1,7 +1,8 @@
 """Messages of 100 MB between processes of one host, beside blocking sockets that do nothing else.
 
 A message counts from the call of ``send`` to the receiver's word that it has all of it and has looked at each page:
-for ours, in the arrays that its code gets; for the blocking sockets, in one buffer. The two take turns, so that both see the same machine.
+for ours, in the arrays that its code gets; for the blocking sockets, in one buffer. The kinds take turns in the same
+processes, and what is compared is one with the next, so that all see the same machine.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import multiprocessing
 import socket
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,10 +26,10 @@ from flame.sdk.channel import Channel
 
 SIZE = 100_000_000
 TENSORS = 162
-REPEATS = 15
+REPEATS = 24
 MANY = 10
 KEY = b"benchmark" * 4
-GO, BARE, END = "go", "bare", "end"
+TCP, SHARED, BARE, END = "tcp", "shared", "bare", "end"
 
 
 class Worker:
@@ -57,93 +58,121 @@ def touch(arrays: Iterable[npt.NDArray[np.float32]]) -> float:
     return float(sum(array[::1024].sum() for array in arrays))
 
 
-def receive(index: int, port: int, same_host: bool, bare_port: int, orders: Connection) -> None:
-    """A receiver: takes messages, and blocking sends, as it is told."""
-    worker = Worker(f"r{index}", "receiver", "sender", port, same_host=same_host)
-    worker.channel.await_join(30)
+def receive(index: int, ports: tuple[int, int], bare_port: int, orders: Connection) -> None:
+    """A receiver: takes messages over TCP, through shared memory and from a blocking socket, as it is told."""
+    workers = {
+        TCP: Worker(f"r{index}", "receiver", "sender", ports[0], same_host=False),
+        SHARED: Worker(f"r{index}", "receiver", "sender", ports[1], same_host=True),
+    }
+    for worker in workers.values():
+        worker.channel.await_join(30)
     buffer = memoryview(bytearray(SIZE))
     with socket.create_connection(("127.0.0.1", bare_port)) as bare:
         orders.send("ready")
         while (order := orders.recv()) != END:
-            if order == GO:
-                message: Any = worker.channel.recv("s", 60)[0]
-                assert len(message["weights"]) == TENSORS
-                touch(message["weights"].values())
-                del message
-                worker.channel.send("s", {})
-            else:
+            if order == BARE:
                 view = buffer
                 while view:
                     view = view[bare.recv_into(view) :]
                 touch([np.frombuffer(buffer, np.float32)])
                 bare.sendall(b"k")
-    worker.close()
+            else:
+                channel = workers[order].channel
+                message: Any = channel.recv("s", 60)[0]
+                assert len(message["weights"]) == TENSORS
+                touch(message["weights"].values())
+                del message
+                channel.send("s", {})
+    for worker in workers.values():
+        worker.close()
 
 
-def run(receivers: int, *, same_host: bool) -> tuple[float, float]:
-    """Median seconds until all receivers have a message; and of blocking sockets, one after the other."""
+def free_port() -> int:
+    """A port on which nobody listens now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def send(channel: Channel, weights: Mapping[str, Any]) -> None:
+    """To all receivers; returns when all have it."""
+    failed = channel.broadcast({"weights": weights}, timeout=60)
+    assert not failed, failed
+    for message, _ in channel.recv_fifo(channel.ends(), timeout=60):
+        assert message is not None
+
+
+def send_bare(sockets: list[socket.socket], data: memoryview) -> None:
+    """The same with blocking sockets, one after the other."""
+    for each in sockets:
+        each.sendall(data)
+    for each in sockets:
+        each.recv(1)
+
+
+def run(receivers: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds until all receivers have a message, by kind, in the order of the repeats."""
     context = multiprocessing.get_context("spawn")
     weights = {f"layer{i}.weight": np.random.rand(SIZE // TENSORS // 4).astype(np.float32) for i in range(TENSORS)}
     plain = memoryview(bytes(SIZE))
-    ours, bare = [], []
+    times: dict[str, list[float]] = {BARE: [], TCP: [], SHARED: []}
+    ports = free_port(), free_port()
+    orders, processes, sockets = [], [], []
     with socket.create_server(("127.0.0.1", 0)) as server:
-        orders, processes, sockets = [], [], []
         for index in range(receivers):
             mine, theirs = context.Pipe()
-            arguments = (index, port, same_host, server.getsockname()[1], theirs)
-            processes.append(context.Process(target=receive, args=arguments))
+            processes.append(context.Process(target=receive, args=(index, ports, server.getsockname()[1], theirs)))
             processes[-1].start()
             orders.append(mine)
-        worker = Worker("s", "sender", "receiver", port, same_host=same_host)
+        workers = {
+            TCP: Worker("s", "sender", "receiver", ports[0], same_host=False),
+            SHARED: Worker("s", "sender", "receiver", ports[1], same_host=True),
+        }
         for order in orders:
             sockets.append(server.accept()[0])
             order.recv()
-        worker.channel.wait_until(lambda: len(worker.channel.all_ends()) == receivers, 30)
-        for repeat in range(REPEATS + 2):
+    channels = {kind: worker.channel for kind, worker in workers.items()}
+    for channel in channels.values():
+        channel.wait_until(lambda channel=channel: len(channel.all_ends()) == receivers, 30)
+    for repeat in range(repeats + 2):
+        for kind, taken in times.items():
             for order in orders:
-                order.send(GO)
+                order.send(kind)
             began = time.perf_counter()
-            failed = worker.channel.broadcast({"weights": weights}, timeout=60)
-            assert not failed, failed
-            for message, _ in worker.channel.recv_fifo(worker.channel.ends(), timeout=60):
-                assert message is not None
+            if kind == BARE:
+                send_bare(sockets, plain)
+            else:
+                send(channels[kind], weights)
             if repeat >= 2:  # memory is fresh in the first ones
-                ours.append(time.perf_counter() - began)
-            for order in orders:
-                order.send(BARE)
-            began = time.perf_counter()
-            for each in sockets:
-                each.sendall(plain)
-            for each in sockets:
-                each.recv(1)
-            if repeat >= 2:
-                bare.append(time.perf_counter() - began)
-        for order in orders:
-            order.send(END)
+                taken.append(time.perf_counter() - began)
+    for order in orders:
+        order.send(END)
+    for worker in workers.values():
         worker.close()
-        for process, each in zip(processes, sockets, strict=True):
-            process.join()
-            each.close()
-    return statistics.median(ours), statistics.median(bare)
+    for process, each in zip(processes, sockets, strict=True):
+        process.join()
+        each.close()
+    return times
+
+
+def paired(times: dict[str, list[float]], slow: str, quick: str) -> float:
+    """Median of how many times longer ``slow`` took than ``quick`` right after or before it."""
+    return statistics.median(a / b for a, b in zip(times[slow], times[quick], strict=True))
 
 
 def main() -> None:
-    """Measure one receiver and many, over TCP and on the same host."""
-    tcp, blocking = run(1, same_host=False)
-    shared, _ = run(1, same_host=True)
-    tcp_many, _ = run(MANY, same_host=False)
-    shared_many, _ = run(MANY, same_host=True)
+    """Measure one receiver and many."""
+    one, many = run(1, REPEATS), run(MANY, REPEATS // 4)
+    rate = {kind: SIZE / statistics.median(taken) / 1e9 for kind, taken in one.items()}
     report(
         [
-            Figure("p2p over TCP, 100 MB", blocking / tcp, "x of blocking sockets", ">= 0.6"),
-            Figure("same host, 100 MB", tcp / shared, "x of p2p over TCP", ">= 2"),
-            Figure(f"same host, 100 MB to {MANY}", tcp_many / shared_many, "x of p2p over TCP"),
-            Figure("blocking sockets", SIZE / blocking / 1e9, "GB/s"),
-            Figure("p2p over TCP", SIZE / tcp / 1e9, "GB/s"),
-            Figure("same host", SIZE / shared / 1e9, "GB/s"),
-            Figure(f"same host, to {MANY}", MANY * SIZE / shared_many / 1e9, "GB/s in all"),
+            Figure("p2p over TCP, 100 MB", paired(one, BARE, TCP), "x of blocking sockets", ">= 0.6"),
+            Figure("same host, 100 MB", paired(one, TCP, SHARED), "x of p2p over TCP", ">= 2"),
+            Figure(f"same host, 100 MB to {MANY}", paired(many, TCP, SHARED), "x of p2p over TCP"),
+            Figure("blocking sockets", rate[BARE], "GB/s"),
+            Figure("p2p over TCP", rate[TCP], "GB/s"),
+            Figure("same host", rate[SHARED], "GB/s"),
+            Figure(f"same host, to {MANY}", MANY * SIZE / statistics.median(many[SHARED]) / 1e9, "GB/s in all"),
         ]
     )
 

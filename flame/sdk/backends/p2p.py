@@ -35,7 +35,7 @@ from flame.sdk.backends.p2p_loop import Loop
 from flame.sdk.backends.p2p_memory import Pool
 from flame.sdk.backends.p2p_peer import Room
 from flame.sdk.backends.p2p_records import data_record, segment_record
-from flame.sdk.backends.p2p_send import send_all
+from flame.sdk.backends.p2p_send import LATE, send_all
 from flame.sdk.backends.p2p_stream import LOOK_SECONDS, Stream, TlsStream, host_is_silent
 
 log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class P2pBackend(Backend):
                 if connection.take_credit(left):
                     failed.update(self._hand_over(connection, segment, record, deadline))
                 else:
-                    failed[connection.end] = connection.broken or "did not take a message in time"
+                    failed[connection.end] = connection.broken or LATE
         finally:
             segments.sent(segment)
         return failed

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 #: Buffers that are handed to the kernel in one call (at least 16 everywhere; 1024 on Linux).
 IOVECS = 64
 #: A receiver in the middle of a large message is woken for so many bytes, not for each packet.
-LOW_WATER = 256 << 10
+LOW_WATER = 1 << 20
 #: File descriptors that are taken in at once.
 FDS = 4
 # A dead host is noticed after KEEP_IDLE + KEEP_COUNT * KEEP_INTERVAL seconds of silence. The kernel of the other host
@@ -33,14 +33,15 @@ class Broken(Exception):
 
 
 class Stream:
-    """A connected stream socket, never waiting.
+    """A connected stream socket. Only :meth:`send_waiting` waits.
 
-    :param sock: connected; becomes non-blocking.
+    :param sock: connected.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+        sock.setblocking(True)
         self.sock = sock
+        self._send_timeout = 0.0
         self.local = sock.family not in (socket.AF_INET, socket.AF_INET6)
         self.fds: list[int] = []
         self._low_water = 1
@@ -54,12 +55,12 @@ class Stream:
         """
         try:
             if self.local:
-                count, ancillary, flags, _ = self.sock.recvmsg_into([into], _FD_SPACE, _CLOSE_ON_EXEC)
+                count, ancillary, flags, _ = self.sock.recvmsg_into([into], _FD_SPACE, _RECEIVE_FLAGS)
                 self._take_fds(ancillary)
                 if flags & socket.MSG_CTRUNC:
                     raise Broken("sent more file descriptors than it may")
             else:
-                count = self.sock.recv_into(into)
+                count = self.sock.recv_into(into, 0, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
@@ -84,12 +85,36 @@ class Stream:
         try:
             if fd is not None:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-                return self.sock.sendmsg(buffers, rights)
+                return self.sock.sendmsg(buffers, rights, socket.MSG_DONTWAIT)
+            return self.sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise Broken(_reason(error)) from None
+
+    def send_waiting(self, buffers: Sequence[bytes | memoryview], seconds: float | None) -> int:
+        """The same, but the kernel waits for room, until all is taken or the time is over.
+
+        :param seconds: None waits as long as it takes, or until :meth:`abort`.
+        :raises Broken: the peer is gone.
+        """
+        timeout = max(seconds, 0.001) if seconds is not None else 0.0
+        try:
+            if timeout != self._send_timeout:
+                self._send_timeout = timeout
+                whole = int(timeout)
+                value = struct.pack("@ll", whole, int((timeout - whole) * 1e6))
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
             return self.sock.sendmsg(buffers)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
             raise Broken(_reason(error)) from None
+
+    @property
+    def waits(self) -> bool:
+        """Whether :meth:`send_waiting` can be used."""
+        return True
 
     @property
     def pending(self) -> bool:
@@ -133,6 +158,7 @@ class TlsStream(Stream):
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, server: bool, host: str | None = None) -> None:
         super().__init__(sock)
+        sock.setblocking(False)  # OpenSSL knows no flag for a single call
         self._lock = threading.Lock()
         name = host if not server and context.check_hostname else None
         self._tls = context.wrap_socket(
@@ -171,13 +197,18 @@ class TlsStream(Stream):
         return sent
 
     @property
+    def waits(self) -> bool:
+        """See :class:`Stream`."""
+        return False
+
+    @property
     def pending(self) -> bool:
         """See :class:`Stream`."""
         with self._lock:
             return self._tls.pending() > 0
 
 
-_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0) | socket.MSG_DONTWAIT
 _FD_SPACE = socket.CMSG_SPACE(FDS * array.array("i").itemsize)
 
 
