@@ -48,6 +48,7 @@ class MiddleAggregator(RoundAggregator, Follower):
     _extra: Mapping[str, Any] = {}
     _seconds: float | None = None
     _patience: float = 0.0
+    _sent: tuple[int, float] = (0, 0.0)  # trainers and samples of this round that the tier above has heard of
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -93,6 +94,7 @@ class MiddleAggregator(RoundAggregator, Follower):
         told = message.get(MessageType.METADATA) or {}
         self._seconds = told.get(TOLD_SECONDS)
         self._patience = float(told.get(TOLD_PATIENCE, 0.0))
+        self._sent = 0, 0.0
 
     def _distribute_weights(self, tag: str) -> None:
         channel = self.channel(tag)
@@ -128,31 +130,30 @@ class MiddleAggregator(RoundAggregator, Follower):
         self._outgoing = None
 
     def _send_weights(self, tag: str) -> None:
-        self._answer(self.channel(tag), self._summary())
-
-    def _summary(self) -> dict[Any, Any]:
-        """The update that stands for the group's; without arrays where there is nothing to stand for."""
-        tally = self._tally
-        weights = self._optimizer.finish()
-        extra = self._optimizer.extra()
+        whole = self._sent == (0, 0.0)
+        message = self._part()
         self._given = {}
-        if tally.samples and self.model is not None:
-            self._show(weights)
+        self._answer(self.channel(tag), message)
+        weights = message[MessageType.WEIGHTS]
+        if whole and weights and self.model is not None and not self._optimizer.differences:
+            set_weights(self.model, weights)  # for `evaluate` to see
+
+    def _part(self) -> dict[Any, Any]:
+        """The update that stands for what was folded and not yet sent; without arrays where that is nothing."""
+        tally = self._tally
+        trainers, samples = tally.trainers - self._sent[0], tally.samples - self._sent[1]
+        self._sent = tally.trainers, tally.samples
+        weights, extra = self._optimizer.finish(), self._optimizer.extra()
         message: dict[Any, Any] = {
-            MessageType.WEIGHTS: weights if tally.samples else {},
-            MessageType.DATASET_SIZE: tally.samples,
+            MessageType.WEIGHTS: weights if samples else {},
+            MessageType.DATASET_SIZE: samples,
             MessageType.MODEL_VERSION: self._round,
             MessageType.ROUND: self._round,
-            MessageType.METADATA: {TOLD_TRAINERS: tally.trainers},
+            MessageType.METADATA: {TOLD_TRAINERS: trainers},
         }
-        if extra and tally.samples:
+        if extra and samples:
             message[MessageType.EXTRA] = extra
         return message
-
-    def _show(self, weights: Mapping[str, Any]) -> None:
-        """Let ``evaluate`` see the group's model."""
-        if not self._optimizer.differences:
-            set_weights(self.model, weights)
 
     def save_metrics(self) -> None:
         """Report what :meth:`update_metrics` was told in this round."""
