@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from treekit import InThread, Site, Top, Tree, central, four_tiers, spec, three_tiers, trained
+from runkit import Run, federated
+from test_hierarchical import Steps
+from treekit import InThread, Middle, Site, Top, Tree, central, four_tiers, spec, three_tiers, trained
 
 from flame.sdk.mode.horizontal.eager_syncfl.middle_aggregator import MiddleAggregator
 from flame.sdk.mode.horizontal.eager_syncfl.top_aggregator import TopAggregator
@@ -52,14 +54,10 @@ def test_four_tiers_give_the_mean_over_all_trainers_in_every_round(tmp_path, goa
 
 @pytest.mark.parametrize("sort", ["scaffold", "feddyn", "fedbuff"])
 def test_parts_carry_what_an_algorithm_needs(tmp_path, sort):
-    from test_hierarchical import Steps
-
     kwargs = {"alpha": 0.5} if sort == "feddyn" else {}
     made = spec(6, {"sort": sort, "kwargs": kwargs}, learningRate=0.1, aggGoal=1)
     after = []
     for name, middle in (("whole", None), ("parts", EagerMiddle)):
-        from treekit import Middle
-
         classes = CLASSES | {"trainer": Steps, "middle": middle or Middle, "top": Top}
         job = Tree(tmp_path / name, three_tiers(), {"eu": 3, "na": 2}, classes, modelSpec=made)
         job.run()
@@ -110,3 +108,25 @@ def test_a_trainer_that_leaves_is_not_waited_for(tmp_path):
     for after in job["top"][0].after[1:]:
         w = sum((n + 1) * trained(w, n) for n in (0, 1, 3)) / 7
         np.testing.assert_allclose(after, w, rtol=1e-12)
+
+
+# The example, through the whole system.
+
+
+def test_the_example_computes_over_p2p_what_the_formula_says(tmp_path):
+    with Run(tmp_path, "eager") as run:
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds == list(range(1, 16))
+    weights, bias = federated([1, 2, 3, 4], 15)
+    np.testing.assert_allclose(result.models["model.safetensors"]["weights"], weights, atol=1e-9)
+    np.testing.assert_allclose(result.models["model.safetensors"]["bias"], bias, atol=1e-9)
+
+
+def test_a_killed_trainer_is_done_without_where_the_policy_allows_it(tmp_path):
+    with Run(tmp_path, "eager", "hyperparameters.rounds=150", "policy.minTrainers=3") as run:
+        run.wait_for("round 5/")
+        run.kill_one("trainer")
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds[-1] == 150
