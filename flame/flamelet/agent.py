@@ -34,7 +34,7 @@ LAUNCHER = ("-m", "flame.sdk.launch")
 #: What the child says that the server is told as it is.
 _REPORTS = frozenset({"metrics", "round", "warning", "waiting", "model", "join", "leave"})
 #: Seconds for a process that left the child's group and still holds the link.
-_STRAGGLERS = 1.0
+_STRAGGLERS = 5.0
 #: Seconds for the child, and for the last words to the server, once a signal has asked the flamelet itself to end.
 _HURRIED_GRACE = 3.0
 _HURRIED_WORDS = 1.5

@@ -23,15 +23,39 @@ import msgspec
 _LONGEST_LINE = 64 * 1024 * 1024
 
 
+class _Lines(asyncio.Protocol):
+    """The flamelet's end of the link, as lines.
+
+    A child that exits before it has read all that it was sent resets the connection. Its last words arrive all the same, and are
+    given here; asyncio's StreamReader drops what it holds when a connection is reset.
+    """
+
+    def __init__(self) -> None:
+        self.lines: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.transport: asyncio.Transport
+        self._rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self.lines.put_nowait(line)
+        if len(self._rest) > _LONGEST_LINE:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lines.put_nowait(None)
+
+
 class Child:
     """A running child. Made by :meth:`start`."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], link: _Lines) -> None:
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._link = link
         self._exit = asyncio.create_task(self._wait())
 
     @classmethod
@@ -44,7 +68,7 @@ class Child:
         :raises OSError: it could not be started.
         """
         ours, theirs = socket.socketpair()
-        reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
+        _, link = await asyncio.get_running_loop().create_connection(_Lines, sock=ours)
         with theirs:
             try:
                 process = subprocess.Popen(  # noqa: ASYNC220
@@ -58,21 +82,20 @@ class Child:
                     process_group=0,
                 )
             except OSError:
-                writer.close()
+                link.transport.close()
                 raise
-        return cls(process, reader, writer)
+        return cls(process, link)
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:
         """What the child says on the link, until everyone who had the link has closed it."""
-        with contextlib.suppress(OSError):
-            while line := await self._reader.readline():
-                with contextlib.suppress(msgspec.MsgspecError):  # cut off by the child's death
-                    yield msgspec.json.decode(line, type=dict[str, Any])
+        while (line := await self._link.lines.get()) is not None:
+            with contextlib.suppress(msgspec.MsgspecError):  # not of the SDK: a role's code may write here too
+                yield msgspec.json.decode(line, type=dict[str, Any])
 
     def send(self, message: dict[str, Any]) -> None:
         """Say something on the link; passed over when the child has gone."""
-        if not self._writer.is_closing():
-            self._writer.write(msgspec.json.encode(message) + b"\n")
+        if not self._link.transport.is_closing():
+            self._link.transport.write(msgspec.json.encode(message) + b"\n")
 
     async def wait(self) -> int:
         """Wait until the child has ended and nothing of its group is left.
@@ -108,4 +131,4 @@ class Child:
 
     def close(self) -> None:
         """Close the link."""
-        self._writer.close()
+        self._link.transport.close()
