@@ -72,6 +72,7 @@ class ChannelManager:
         self._key = key
         self._options = dict(options or {})
         self._window = window
+        self._process = os.getpid()
         self._condition = threading.Condition()
         if config is not None:
             self(config)
@@ -81,6 +82,7 @@ class ChannelManager:
         if self._config is not None:
             self.cleanup()
         self._config = config
+        self._process = os.getpid()
         atexit.register(self.cleanup)
 
     @property
@@ -163,6 +165,8 @@ class ChannelManager:
     def cleanup(self) -> None:
         """Leave all channels, after what was sent is delivered, and free everything. Safe to call again."""
         atexit.unregister(self.cleanup)
+        if os.getpid() != self._process:
+            return  # a process that was forked off, such as a data loader's: the channels are its parent's
         for name in list(self._channels):
             self.leave(name)
         for backend in self._backends.values():

@@ -56,6 +56,12 @@ def main():
     elif what == "stall":
         stop_in_mid_message()
         channel.send("a", {"weights": {"w": np.ones(size // 8)}})
+    elif what == "fork":
+        forked = os.fork()
+        if not forked:
+            signal.pause()
+        print(forked, flush=True)
+        signal.pause()
     elif what == "last":
         channel.send("a", {"weights": {"w": np.ones(size // 8)}})
     elif what == "busy":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import numpy as np
@@ -143,6 +144,16 @@ def test_in_the_style_of_flames_library_there_is_one_manager_of_the_process():
     assert cm.get("param") is None
     cm.cleanup()
     cm.cleanup()
+
+
+def test_a_forked_process_leaves_nothing_in_its_parents_name(manager):
+    aggregator, trainer = manager("a", "aggregator"), manager("t", "trainer", dataset="file:///x")
+    forked = os.fork()
+    if not forked:
+        trainer.cleanup()
+        os._exit(0 if trainer.is_joined("param") else 1)
+    assert os.waitpid(forked, 0)[1] == 0
+    assert aggregator.get("param").all_ends() == ["t"]
 
 
 def test_the_attempt_and_the_key_come_from_the_environment(manager, monkeypatch):

@@ -216,6 +216,19 @@ def test_a_host_that_vanishes_is_noticed_within_seconds(aggregator, child, monke
         subprocess.run(["ip", "link", "del", "flame0"], check=False, capture_output=True)
 
 
+def test_a_forked_data_loader_does_not_keep_its_dead_parent_alive(aggregator, child, same_host):
+    a = aggregator(same_host=same_host)
+    parent = child("fork", "t1", same_host=same_host)
+    joined(a, "t1")
+    parent.says("joined")
+    forked = int(parent.process.stdout.readline())
+    try:
+        parent.kill()
+        assert a.channel.wait_until(lambda: not a.channel.has("t1"), 20)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+
+
 def test_the_channel_is_quick_to_import():
     code = "import sys, flame.sdk.channel, flame.sdk.channel_manager; print([m for m in ('numpy','torch','ssl','asyncio') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -10,15 +10,19 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import select
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
 
 READ = select.POLLIN
 WRITE = select.POLLOUT
@@ -60,6 +64,7 @@ class Loop:
     def __init__(self, name: str) -> None:
         self._poller: Any = select.epoll() if hasattr(select, "epoll") else _Poll()
         self._callbacks: dict[int, Callable[[int], object]] = {}
+        self._sockets: dict[int, socket.socket] = {}
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
@@ -70,6 +75,7 @@ class Loop:
         self._wake_out.setblocking(False)
         self.register(self._wake_in, READ, self._on_wake)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        _loops.add(self)
         self._thread.start()
 
     def call(self, function: Callable[..., object], *args: Any) -> None:
@@ -92,6 +98,7 @@ class Loop:
         """Call ``callback(events)`` whenever one of ``events`` is there (or the peer is gone)."""
         self._poller.register(sock.fileno(), events)
         self._callbacks[sock.fileno()] = callback
+        self._sockets[sock.fileno()] = sock
 
     def modify(self, sock: socket.socket, events: int) -> None:
         """Wait for other events; for none of them, the peer's end is still told."""
@@ -101,6 +108,7 @@ class Loop:
         """Wait for nothing of this socket; passed over when nothing was waited for."""
         if self._callbacks.pop(sock.fileno(), None) is not None:
             self._poller.unregister(sock.fileno())
+            del self._sockets[sock.fileno()]
 
     @property
     def inside(self) -> bool:
@@ -128,6 +136,12 @@ class Loop:
         self.call(self._stop)
         if not self.inside:
             self._thread.join()
+
+    def forget(self) -> None:
+        """In a child that was forked: its copies of the sockets would keep connections open when this process ends."""
+        for sock in [*self._sockets.values(), self._wake_out]:
+            sock.close()
+        self._poller.close()
 
     def _stop(self) -> None:
         self._closing = True
@@ -176,3 +190,13 @@ class Loop:
             function(*args)
         except Exception:
             log.exception("A fault in the p2p backend; the connection concerned may be stuck.")
+
+
+def _after_fork() -> None:
+    """Data loaders fork workers; those have no part in the channels."""
+    for loop in list(_loops):
+        loop.forget()
+    _loops.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
