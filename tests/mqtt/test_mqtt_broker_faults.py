@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections import Counter
 from pathlib import Path
@@ -145,3 +146,41 @@ def test_a_worker_may_leave_while_the_broker_is_away(workers: Workers, broker: M
     broker.kill()
     one.close()
     assert one.send("param", "default", ["two"], None, 1) == {"two": "is not there"}  # type: ignore[arg-type]
+
+
+def test_a_worker_that_was_out_of_reach_and_its_peers_agree_that_it_was(workers: Workers) -> None:
+    """What was on its way is given up on both sides, and both begin anew: nobody waits for what the other has forgotten."""
+    one, ears = workers.join("one")
+    two, heard = workers.join("two", ears=Ears(window=1, hold=True))
+    ears.sees("two")
+    heard.sees("one")
+    assert send(one, ["two"], bytes(100_000)) == {}
+    result: list[dict[str, str]] = []
+    blocked = threading.Thread(target=lambda: result.append(send(one, ["two"], bytes(200_000), None)))
+    blocked.start()
+    client = two._line._client._paho  # type: ignore[union-attr]
+    client.reconnect_delay_set(3, 3)  # longer than the broker holds back the will
+    client.socket().shutdown(socket.SHUT_RDWR)
+    blocked.join(30)
+    assert result == [{"two": "lost its connection to the broker"}]
+    heard.wait(lambda ears: ears.left == [("one", "lost touch with this worker")])
+    heard.sees("one")
+    ears.sees("two")
+    assert send(two, ["one"], bytes(300_000)) == {}
+    assert len(ears.take()[1]) == 300_016
+    assert heard.frames[0][2] is not None
+    heard.frames[0][2]()
+    assert send(one, ["two"], bytes(400_000)) == {}
+    assert [len(data) for _, data, _ in heard.frames] == [100_016, 400_016]
+
+
+def test_a_connection_that_breaks_for_a_moment_is_not_noticed(workers: Workers) -> None:
+    one, ears = workers.join("one")
+    two, heard = workers.join("two")
+    ears.sees("two")
+    heard.sees("one")
+    for number in range(1, 4):
+        two._line._client._paho.socket().shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+        assert send(one, ["two"], bytes([number]) * 300_000) == {}
+        assert heard.take()[1][16] == number
+    assert ears.left == heard.left == []

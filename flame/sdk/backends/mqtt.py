@@ -477,5 +477,10 @@ class MqttBackend(Backend):
             self._roster.hear(said, time.monotonic(), retained=retained)
         elif said.epoch > self._epoch and not said.left:
             self._fail("was replaced by another start of the same task")
-        elif self._seats and (said.epoch != self._epoch or said.left):
-            self._announce()  # the will of an earlier connection or life has covered our own presence
+        elif said.left and said.epoch == self._epoch:
+            if self._line is not None and said.connection < self._line.connection:
+                # This worker's will: it was away for so long that the broker has published it.
+                self._roster.let_go("lost touch with this worker")
+                self._announce()
+        elif self._seats and said.epoch < self._epoch:
+            self._announce()  # the will of an earlier life has covered our presence

@@ -13,9 +13,9 @@ from flame.sdk.backends.base import Member
 from flame.sdk.backends.mqtt_wire import Presence
 
 #: A doubtful member is asked after so long, and again in this interval.
-ASK_SECONDS = 3.0
-#: It counts as lost after so long. As long as the broker waits for a silent client, for the same reasons.
-LOST_SECONDS = 30.0
+ASK_SECONDS = 2.5
+#: It counts as lost after so long, and is taken back should it speak after all.
+LOST_SECONDS = 10.0
 
 
 class Peer:
@@ -47,7 +47,7 @@ class Peer:
 class Roster:
     """All members of a job except this one.
 
-    :param joined: called with a seat and the peer that is now in it (or is in it with a new life).
+    :param joined: called with a seat and the peer that is now in it.
     :param left: called with a seat, the end and why.
     """
 
@@ -81,9 +81,14 @@ class Roster:
         peer.said, peer.lost = said, False
         peer.doubtful_since = now if retained and peer.here else None
         peer.ask_at = now + self._ask_seconds
+        if new_life:
+            # Who waits for the earlier one has to hear that nothing more comes from it.
+            for seat in before:
+                self._left(seat, end, "was started anew")
+            before = frozenset()
         for seat in before - peer.here:
             self._left(seat, end, said.left or "left the channel")
-        for seat in peer.here if new_life else peer.here - before:
+        for seat in peer.here - before:
             self._joined(seat, peer)
 
     def sign_of_life(self, end: str, epoch: int) -> None:
@@ -103,6 +108,13 @@ class Roster:
             if peer.here and peer.doubtful_since is None:
                 peer.doubtful_since = now
                 peer.ask_at = now + self._ask_seconds
+
+    def let_go(self, reason: str) -> None:
+        """The others have taken this worker for lost and given up what was on its way: begin with them anew."""
+        for end, peer in self.peers.items():
+            for seat in peer.here:
+                self._left(seat, end, reason)
+                self._joined(seat, peer)
 
     def check(self, now: float) -> list[Peer]:
         """Report the lost ones; gives those that should be asked for a sign of life now."""
