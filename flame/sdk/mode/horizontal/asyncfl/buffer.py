@@ -100,6 +100,10 @@ class BufferedAggregator(RoundAggregator):
         chosen = self.config.channels[channel.name()].selector or self.config.selector
         return chosen.sort != "default"
 
+    def _turned(self) -> bool:
+        """For aggregators whose group changes: whether there is news of it."""
+        return False
+
     def _called_away(self) -> bool:
         """For aggregators below the top: whether the one above wants something else by now."""
         return False
@@ -127,11 +131,17 @@ class BufferedAggregator(RoundAggregator):
         """Wait until there is something to do; False when the time is over, or nobody came to work."""
         if self._working(channel) or channel.heard():
             return channel.wait_until(
-                lambda: bool(channel.heard()) or self._stand(channel) != self._standing or self._called_away(), left
+                lambda: (
+                    bool(channel.heard())
+                    or self._stand(channel) != self._standing
+                    or self._turned()
+                    or self._called_away()
+                ),
+                left,
             )
         return self.wait_for(
             channel,
-            lambda: bool(self._idle(channel)) or self._called_away(),
+            lambda: bool(self._idle(channel)) or self._turned() or self._called_away(),
             lambda: f"a worker of role {channel.other_role()}",
             patience if left is None else min(patience, left),
         )

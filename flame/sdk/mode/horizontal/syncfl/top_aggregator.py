@@ -66,7 +66,8 @@ class TopAggregator(RoundKeeper, RoundAggregator):
 
         def least() -> int:
             # Who trains is counted; of aggregators below nobody knows yet for how many trainers each one speaks.
-            return policy.min_trainers if peers is None or data_at(channel) else min(policy.min_trainers, max(peers, 1))
+            counted = peers is None or channel.empty() or data_at(channel)
+            return policy.min_trainers if counted else 1
 
         def expected() -> int:
             return least() if self._met else max(least(), peers or 0)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flame.errors import WorkerError
+from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.horizontal.syncfl.follower import TAG_FETCH, TAG_UPLOAD, Follower
 from flame.sdk.mode.message import MessageType
@@ -51,6 +52,10 @@ class Trainer(Training, Follower):
         if message.get(MessageType.EOT):
             self._work_done = True
             return
+        self._accept(message)
+
+    def _accept(self, message: Message) -> None:
+        """Take up a round."""
         self._round = message[MessageType.ROUND]
         weights = as_arrays(message[MessageType.WEIGHTS])
         set_weights(self.model, weights)
@@ -61,14 +66,26 @@ class Trainer(Training, Follower):
         self.regularizer.begin(weights, as_arrays(message.get(MessageType.EXTRA, {})))
 
     def _send_weights(self, tag: str) -> None:
+        weights, extra = self._trained_weights()
+        self._answer(self.channel(tag), self._message(weights, self._count(), extra))
+
+    def _trained_weights(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The update as it leaves, and the further arrays of the optimizer. Call it once a round."""
         weights: Mapping[str, Any] = get_weights(self.model)
         extra = self.regularizer.finish(weights, *self._training())
         if self._start is not None:
             weights = self._disguised(weights, self._start, extra)
             self._start = None  # the received model's memory is wanted again
+        return weights, extra
+
+    def _message(self, weights: Mapping[str, Any], count: float, extra: Mapping[str, Any]) -> dict[Any, Any]:
+        """The answer to an aggregator.
+
+        :param count: how many samples the weights stand for.
+        """
         message: dict[Any, Any] = {
             MessageType.WEIGHTS: weights,
-            MessageType.DATASET_SIZE: self._count(),
+            MessageType.DATASET_SIZE: count,
             MessageType.MODEL_VERSION: self._round,
             MessageType.ROUND: self._round,
         }
@@ -78,8 +95,7 @@ class Trainer(Training, Follower):
             MessageType.STAT_UTILITY: utility,
             MessageType.DATASAMPLER_METADATA: self.datasampler.get_metadata(),
         }
-        message |= {key: value for key, value in further.items() if value}
-        self._answer(self.channel(tag), message)
+        return message | {key: value for key, value in further.items() if value}
 
     def _disguised(
         self, weights: Mapping[str, Any], start: Mapping[str, Any], extra: Mapping[str, Any]
