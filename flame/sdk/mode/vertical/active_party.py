@@ -22,6 +22,7 @@ from flame.errors import DeadlineExceeded, RoundFailed, WorkerError
 from flame.sdk.channel import Channel
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.gathering import await_all
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.roundkeeper import RoundKeeper
 from flame.sdk.mode.tasklet import Loop, Tasklet
@@ -114,7 +115,7 @@ class ActiveParty(RoundKeeper):
         self._order = torch.Generator().manual_seed(int(self.config.hyperparameters.get("seed", 0)))
         self._gradients, self._widths, self._absent, self._gone = {}, {}, {}, set()
         mine = hashed(ids_of(self), self.cm.secret(PURPOSE))
-        self._await_parties(channel)
+        await_all(self, channel, self._fewest())
         hashes: dict[str, Any] = {}
         names: dict[str, str] = {}
         for message, (end, _) in channel.recv_fifo(channel.all_ends()):
@@ -150,27 +151,6 @@ class ActiveParty(RoundKeeper):
         self.held_out_rows = torch.from_numpy(there[held[there]])
         if not len(self.training_rows):
             raise WorkerError("All samples that the parties have in common are held out: there is nothing to train on.")
-
-    def _await_parties(self, channel: Channel) -> None:
-        policy = self.config.policy
-        expected = max(self.config.peers.get(channel.name()) or 0, policy.min_trainers)
-        enough = self.wait_for(
-            channel,
-            lambda: len(channel.all_ends()) >= expected,
-            lambda: f"{expected - len(channel.all_ends())} more of {expected} workers of role {channel.other_role()}",
-            policy.join_deadline,
-        )
-        there = len(channel.all_ends())
-        if not enough and there < (self._fewest() or expected):
-            raise RoundFailed(
-                f"{there} of {expected} workers of role {channel.other_role()} came within {policy.join_deadline:g} s "
-                "(policy.joinDeadline)."
-            )
-        if not enough:
-            self.link.warning(
-                f"The work begins with {there} of {expected} workers of role {channel.other_role()}: the others did not "
-                f"come within {policy.join_deadline:g} s (policy.joinDeadline)."
-            )
 
     # A round.
 
