@@ -186,11 +186,12 @@ class Agent:
             ended = await child.end(self._grace())
             await asyncio.wait([heeding], timeout=_STRAGGLERS)
             heeding.cancel()
+            await asyncio.wait([heeding])
             if status == 0 and self._uploads:
                 await asyncio.wait(self._uploads)
             for upload in self._uploads:
                 upload.cancel()
-            child.close()
+            await child.close()
             await self._output.finish()
         return self._terminated(ended) if status is None else self._ended(status)
 

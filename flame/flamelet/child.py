@@ -21,41 +21,17 @@ from typing import Any
 import msgspec
 
 _LONGEST_LINE = 64 * 1024 * 1024
-
-
-class _Lines(asyncio.Protocol):
-    """The flamelet's end of the link, as lines.
-
-    A child that exits before it has read all that it was sent resets the connection. Its last words arrive all the same, and are
-    given here; asyncio's StreamReader drops what it holds when a connection is reset.
-    """
-
-    def __init__(self) -> None:
-        self.lines: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.transport: asyncio.Transport
-        self._rest = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self.lines.put_nowait(line)
-        if len(self._rest) > _LONGEST_LINE:
-            self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lines.put_nowait(None)
+_READ = 256 * 1024
 
 
 class Child:
     """A running child. Made by :meth:`start`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], link: _Lines) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], link: socket.socket) -> None:
         self._process = process
         self._link = link
+        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self._speaking = asyncio.create_task(self._speak())
         self._exit = asyncio.create_task(self._wait())
 
     @classmethod
@@ -68,7 +44,7 @@ class Child:
         :raises OSError: it could not be started.
         """
         ours, theirs = socket.socketpair()
-        _, link = await asyncio.get_running_loop().create_connection(_Lines, sock=ours)
+        ours.setblocking(False)
         with theirs:
             try:
                 process = subprocess.Popen(  # noqa: ASYNC220
@@ -82,20 +58,37 @@ class Child:
                     process_group=0,
                 )
             except OSError:
-                link.transport.close()
+                ours.close()
                 raise
-        return cls(process, link)
+        return cls(process, ours)
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:
-        """What the child says on the link, until everyone who had the link has closed it."""
-        while (line := await self._link.lines.get()) is not None:
-            with contextlib.suppress(msgspec.MsgspecError):  # not of the SDK: a role's code may write here too
-                yield msgspec.json.decode(line, type=dict[str, Any])
+        """What the child says on the link, until everyone who had the link has closed it.
+
+        The socket is read by itself, not through a transport of asyncio: a child that exits before it has read all that it was
+        sent resets the connection, or breaks it for a message under way, and a transport then drops the child's last words.
+        """
+        rest = b""
+        while len(rest) <= _LONGEST_LINE:
+            try:
+                data = await asyncio.get_running_loop().sock_recv(self._link, _READ)
+            except OSError:
+                return
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                with contextlib.suppress(msgspec.MsgspecError):  # not of the SDK: a role's code may write here too
+                    yield msgspec.json.decode(line, type=dict[str, Any])
 
     def send(self, message: dict[str, Any]) -> None:
         """Say something on the link; passed over when the child has gone."""
-        if not self._link.transport.is_closing():
-            self._link.transport.write(msgspec.json.encode(message) + b"\n")
+        self._outgoing.put_nowait(msgspec.json.encode(message) + b"\n")
+
+    async def _speak(self) -> None:
+        with contextlib.suppress(OSError):  # the child has gone
+            while True:
+                await asyncio.get_running_loop().sock_sendall(self._link, await self._outgoing.get())
 
     async def wait(self) -> int:
         """Wait until the child has ended and nothing of its group is left.
@@ -129,6 +122,8 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
-    def close(self) -> None:
-        """Close the link."""
-        self._link.transport.close()
+    async def close(self) -> None:
+        """Close the link. Nobody may be reading :meth:`messages` any more."""
+        self._speaking.cancel()
+        await asyncio.wait([self._speaking])
+        self._link.close()

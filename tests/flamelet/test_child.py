@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ async def test_the_last_words_of_a_child_arrive_though_it_has_not_read_all_it_wa
         )
         child.send({"type": "peers", "joined": [], "left": ["a"]})
         assert await child.wait() == 0  # so that the words and the reset are there together
+        child.send({"type": "peers", "joined": [], "left": ["b"]})  # into a broken pipe
+        for _ in range(3):
+            await asyncio.sleep(0)
         heard = [message["number"] async for message in child.messages()]
         assert heard == list(range(1000))
-        child.close()
+        await child.close()
