@@ -53,6 +53,10 @@ class Role(ABC):
         self._work_done = False
         self.attempt = int(os.environ.get("FLAME_ATTEMPT") or 1)
         self.cm = ChannelManager(self.config, rendezvous=self.link.rendezvous, attempt=self.attempt)
+        self._join_channels()
+
+    def _join_channels(self) -> None:
+        """Join them all; for roles that must not be seen on one before they are settled on another."""
         self.cm.join_all()
 
     def load_data(self) -> None:

@@ -6,18 +6,13 @@ kept at the end by one of those who are still there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from flame.errors import SpecError, WorkerError
 from flame.sdk.mode.roundkeeper import RoundKeeper
 from flame.sdk.mode.training import Training
 from flame.sdk.optimizers.base import Optimizer, Weights
 from flame.sdk.optimizers.fedavg import FedAvg
-from flame.sdk.optimizers.layout import Flat, Layout, widen
-from flame.sdk.optimizers.sums import check_finite
 from flame.sdk.weights import get_weights
 
 
@@ -45,7 +40,6 @@ class Peer(Training, RoundKeeper):
     _common: Weights = {}  # the model of the last round: training changes self.model, and others may want this one
     _start: Weights = {}
     _private: int = 0
-    _layout: Layout | None = None
 
     def _open_registry(self) -> None:
         """Not before it is needed: see :meth:`_keep`."""
@@ -96,27 +90,3 @@ class Peer(Training, RoundKeeper):
         """See :class:`RoundKeeper`."""
         self._keep()
         super().save_model()
-
-    def _scaled(self, weights: Weights, count: float) -> tuple[Flat, float]:
-        """A model times its number of samples, as flat vectors; zeros, with a warning, where it has values that are not finite."""
-        if self._layout is None or not self._layout.fits(weights):
-            self._layout = Layout(weights)
-        flat = self._layout.empty()
-        runs = self._layout.runs(weights, self.config.task_id)
-        try:
-            check_finite(runs, self.config.task_id)
-        except WorkerError as error:
-            self.link.warning(f"Round {self._round}: {error.message}")
-            count = 0.0
-        for run in runs:
-            target = flat[run.group][run.start : run.start + run.array.size]
-            if count > 0:
-                np.multiply(widen(run.array), count, out=target, dtype=target.dtype, casting="unsafe")
-            else:
-                target.fill(0)
-        return flat, count
-
-    def _unscaled(self, flat: Flat) -> Mapping[str, Any]:
-        """The model whose values are in flat vectors."""
-        assert self._layout is not None
-        return self._layout.weights(flat)

@@ -54,22 +54,28 @@ class Table:
     :param policy: what a round needs.
     :param link: where waits are told.
     :param expected: how many members the first agreement waits for, this one included.
+    :param least: how many updates make a round; None: the policy's ``minTrainers``.
     :ivar me: this worker.
     :ivar plan: what is being carried out.
     :ivar began: when the round began, by :func:`time.monotonic`; its deadline counts from there.
-    :ivar only: the members that matter; None: all.
+    :ivar only: the members that matter, with the attempt of each; None: all.
+    :ivar limit: the longest that a round may take, in seconds; None: as long as it takes.
     """
 
-    def __init__(self, channel: Channel, policy: RoundPolicy, link: Link, expected: int) -> None:
+    def __init__(
+        self, channel: Channel, policy: RoundPolicy, link: Link, *, expected: int = 1, least: int | None = None
+    ) -> None:
         self.channel = channel
         self.me = cast(Member, channel.member(channel.get_backend_id()))
-        self.only: set[str] | None = None
+        self.only: Mapping[str, int] | None = None
+        self.limit = policy.round_deadline
+        self._least = policy.min_trainers if least is None else least
         self.plan: Plan | None = None
         self.began = self._since = time.monotonic()
         self._policy = policy
         self._link = link
         self._expected = expected
-        self._met = False
+        self._met = expected <= 1
         self._stands: dict[str, tuple[int, Stand]] = {}  # with the attempt of the worker that said so
         self._plans: deque[tuple[str, Plan]] = deque()
         self._torn: set[str] = set()
@@ -87,7 +93,9 @@ class Table:
         known = {self.me.end: self.me}
         for end in self.channel.all_ends():
             member = self.channel.member(end)
-            if member is not None and end not in self._silent and (self.only is None or end in self.only):
+            if member is None or end in self._silent:
+                continue
+            if self.only is None or self.only.get(end) == member.attempt:
                 known[end] = member
         return sorted(known, key=lambda end: (known[end].order, end))
 
@@ -103,8 +111,7 @@ class Table:
 
     def _left(self, began: float) -> float | None:
         """What is left of the time that something may take which began then, but always time for a last look."""
-        limit = self._policy.round_deadline
-        return None if limit is None else max(SHORT_WAIT, began + limit - time.monotonic())
+        return None if self.limit is None else max(SHORT_WAIT, began + self.limit - time.monotonic())
 
     # Agreement.
 
@@ -135,7 +142,7 @@ class Table:
 
     def _speak(self, mine: Stand) -> Plan | None:
         """Make a plan with those who come; None when somebody else is the speaker now."""
-        policy, least = self._policy, self._policy.min_trainers
+        policy, least = self._policy, self._least
         me = self.me.end
         self._stands[me] = self.me.attempt, mine
         wanted = least if self._met else max(least, self._expected)
@@ -184,7 +191,7 @@ class Table:
                 self.tear(plan)
             return False if self.order()[0] != speaker or self._farewells else None
 
-        limit = self._policy.round_deadline
+        limit = self.limit
         patience = None if limit is None else limit + self._policy.join_deadline + SHORT_WAIT
         plan = self.until(answer, patience, lambda: f"the others; {speaker} speaks for them")
         if plan is None:

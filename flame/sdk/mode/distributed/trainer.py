@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from flame.errors import RoundFailed
-from flame.sdk.channel import Channel
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.distributed.agreement import NEWCOMER, Plan
+from flame.sdk.mode.distributed.average import RingMean
 from flame.sdk.mode.distributed.peer import Peer, only_averages
-from flame.sdk.mode.distributed.ring import Parts, allreduce
 from flame.sdk.mode.distributed.table import Table, Torn
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.tasklet import Loop, Tasklet
@@ -33,29 +32,11 @@ log = logging.getLogger(__name__)
 TAG_RING_ALLREDUCE = "ring_allreduce"
 
 
-def reduce_over(table: Table, channel: Channel, ring: list[str], flat: dict[str, Any], count: float) -> float:
-    """The all-reduce of :func:`.ring.allreduce` among the members of a plan's ring; gives the number of samples of all.
-
-    :raises flame.sdk.mode.distributed.table.Torn: a member has left.
-    """
-    rank = ring.index(table.me.end)
-    before, after = ring[rank - 1], ring[(rank + 1) % len(ring)]
-
-    def send(index: int, parts: Parts, samples: float) -> None:
-        table.send_segment(after, {MessageType.RING_WEIGHTS: parts}, {"index": index, "samples": samples})
-
-    def receive(index: int) -> tuple[Parts, float]:
-        message = table.next_segment(before, index)
-        return message[MessageType.RING_WEIGHTS], float(message.metadata["samples"])
-
-    channel.set_property("round", table.plan.round if table.plan else 0)
-    return allreduce(flat, count, rank, len(ring), send, receive)
-
-
 class Trainer(Peer):
     """Trains on its own data, and averages with the others. See :class:`flame.sdk.mode.training.Training` for what the user writes."""
 
     _table: Table
+    _mean: RingMean
     _done: int = NEWCOMER
     _update: tuple[Mapping[str, Any], float] | None = None
 
@@ -64,7 +45,8 @@ class Trainer(Peer):
         super().internal_init()
         channel = self.channel(TAG_RING_ALLREDUCE)
         expected = self.config.peers.get(channel.name(), 0) + 1
-        self._table = Table(channel, self.config.policy, self.link, expected)
+        self._table = Table(channel, self.config.policy, self.link, expected=expected)
+        self._mean = RingMean(self._table, self.link.warning)
         self._done = NEWCOMER
 
     def _use(self, optimizer: Optimizer) -> None:
@@ -128,13 +110,12 @@ class Trainer(Peer):
 
     def _reduce(self, plan: Plan) -> None:
         assert self._update is not None
-        flat, count = self._scaled(*self._update)
-        total = reduce_over(self._table, self._table.channel, plan.ring, flat, count)
+        mean, total = self._mean(plan, *self._update)
         if total <= 0:
             raise RoundFailed(
                 f"Round {plan.round} has no samples: every member's dataset_size is 0, or its training diverged."
             )
-        self._common = self._unscaled(flat)
+        self._common = mean
         set_weights(self.model, self._common)
         self.is_committer = plan.ring[0] == self._table.me.end
 

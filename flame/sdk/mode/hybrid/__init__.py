@@ -1,0 +1,1 @@
+"""Rings below an aggregator: groups average among themselves, and one delegate a group speaks with the aggregator."""
