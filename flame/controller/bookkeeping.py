@@ -62,7 +62,11 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
                 for task in tasks
             }
         ),
-        quorum=quorums([(task.role, task.role in consumers) for task in tasks], fewest_of(job.form.policy)),
+        quorum=quorums(
+            [(task.role, task.role in consumers) for task in tasks],
+            fewest_of(job.form.policy),
+            job.form.policy.min_aggregators,
+        ),
         clock=job.running_at is not None,
         failure=job.failure,
     )

@@ -24,7 +24,8 @@ States of a job, and what each one means:
 
 A task fails when its code exits with a status that is not 0, is killed by a signal, or its worker is lost. A worker
 that is lost before it started the code is replaced once, by a new attempt. A failed task fails the job, unless its
-role has a quorum (``policy.minTrainers``, for data-consuming roles) that the others still make.
+role has a quorum (``policy.minTrainers`` for data-consuming roles, ``policy.minAggregators`` for others) that the rest
+of its workers still make.
 
 Everything that follows from the tasks' states is derived in one place, :func:`settle`. So a server that was killed
 between two writes finds its way again: it reads what is there, and settles.
@@ -119,20 +120,21 @@ class JobLife(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
-def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None) -> dict[str, int]:
+def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None, others: int | None = None) -> dict[str, int]:
     """How many tasks of each role a job needs.
 
     :param roles: for each task its role, and whether the role consumes data.
     :param fewest: how many data-consuming workers are enough; None: all are needed.
+    :param others: likewise for each role that consumes no data.
     """
     needs: dict[str, int] = {}
     consumes = dict(roles)
     for role, _ in roles:
         needs[role] = needs.get(role, 0) + 1
-    if fewest is not None:
-        for role, count in needs.items():
-            if consumes[role]:
-                needs[role] = min(fewest, count)
+    for role, count in needs.items():
+        enough = fewest if consumes[role] else others
+        if enough is not None:
+            needs[role] = min(enough, count)
     return needs
 
 

@@ -131,6 +131,7 @@ class RoundPolicy(Form, frozen=True, kw_only=True):
     """What a round needs. Times in seconds.
 
     :ivar min_trainers: fewest updates that make a round; fewer by the deadline fail the job.
+    :ivar min_aggregators: of a role that consumes no data and has several workers, as many must not fail; None: all.
     :ivar round_deadline: the longest a round waits for updates; None waits for everyone who is there.
     :ivar over_selection: factor (>= 1) by which more trainers are selected than are needed.
     :ivar join_deadline: the longest a worker waits for its peers at the start.
@@ -138,6 +139,7 @@ class RoundPolicy(Form, frozen=True, kw_only=True):
     """
 
     min_trainers: PositiveInt = 1
+    min_aggregators: PositiveInt | None = None
     round_deadline: PositiveFloat | None = None
     over_selection: Annotated[float, Meta(ge=1)] = 1.0
     join_deadline: PositiveFloat = 120.0

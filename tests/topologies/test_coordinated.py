@@ -1,5 +1,6 @@
 """A coordinator spreads the trainers evenly, the result is the mean over all of them, and a dead aggregator's go to others."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
+from runkit import ROOT, Run, federated
+from test_hierarchical import after_loss
 from treekit import InThread, Site, Top, Tree, central, channel, spec
 
 from flame.errors import WorkerError
@@ -152,8 +155,6 @@ def test_a_trainer_that_leaves_is_not_waited_for(tmp_path):
         thread.join(30)
         assert not thread.is_alive(), "a role did not end"
     assert [type(error) for error in job.errors.values()] == [RuntimeError]
-    from test_hierarchical import after_loss
-
     np.testing.assert_allclose(job["top"][0].after, after_loss(range(4), [0, 1, 2], 3), rtol=1e-12)
 
 
@@ -176,3 +177,49 @@ def test_without_its_coordinator_the_job_fails_in_words(tmp_path):
     error = job.errors[job["top"][0]]
     assert isinstance(error, WorkerError)
     assert "The coordinator left in round 2" in str(error)
+
+
+# The example, through the whole system.
+
+
+def test_the_example_computes_over_p2p_what_the_formula_says(tmp_path):
+    with Run(tmp_path, "coordinated") as run:
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds == list(range(1, 16))
+    weights, bias = federated([1, 2, 3, 4], 15)
+    np.testing.assert_allclose(result.models["model.safetensors"]["weights"], weights, atol=1e-9)
+    np.testing.assert_allclose(result.models["model.safetensors"]["bias"], bias, atol=1e-9)
+
+
+@pytest.mark.parametrize("role", ["middle-aggregator", "trainer"])
+def test_the_job_goes_on_without_a_killed_worker(tmp_path, role):
+    with Run(tmp_path, "coordinated", "hyperparameters.rounds=60", "policy.minTrainers=3") as run:
+        run.wait_for("round 5/")
+        run.kill_one(role)
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds[-1] == 60
+    assert "the job goes on without it" in result.text
+
+
+def test_the_job_fails_with_its_coordinator(tmp_path):
+    with Run(tmp_path, "coordinated", "hyperparameters.rounds=100000") as run:
+        run.wait_for("round 5/")
+        run.kill_one("coordinator")
+        result = run.result()
+    assert result.state == "failed"
+
+
+def test_without_rounds_it_takes_other_import_lines_and_nothing_else(tmp_path):
+    shutil.copytree(ROOT / "examples" / "coordinated", tmp_path / "coordinated")
+    shutil.copytree(ROOT / "examples" / "digits" / "data", tmp_path / "digits" / "data")
+    for script in (tmp_path / "coordinated").glob("*/main.py"):
+        script.write_text(script.read_text().replace("coord_syncfl", "coord_asyncfl"))
+    overrides = ["optimizer.sort=fedbuff", "hyperparameters.aggGoal=2", "hyperparameters.rounds=100"]
+    with Run(tmp_path, tmp_path / "coordinated", *overrides) as run:
+        run.wait_for("round 5/")
+        run.kill_one("middle-aggregator")
+        result = run.result()
+    assert result.state == "completed"
+    assert result.rounds[-1] == 100
