@@ -37,3 +37,4 @@ class MessageType(Enum):
     GRADIENTS = 24  #: vertical: the loss's gradient by those
     QUERY = 25  #: analytics: a question about the sites' data
     ANSWER = 26  #: analytics: its answer, which adds up with the other sites'
+    METRICS = 27  #: evaluation: what a site has measured, by name
