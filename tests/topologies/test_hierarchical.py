@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "mqtt"))
 sys.path.insert(0, str(Path(__file__).parent))
+from mqttkit import Mosquitto
 from runkit import Run, federated
 from treekit import Middle, Site, Top, Tree, central, four_tiers, spec, three_tiers, trained
 
-from flame.errors import RoundFailed
+from flame.errors import RoundFailed, WorkerError
+from flame.sdk.optimizers.base import Update, population_of, trainers_of
 
 CLASSES = {"trainer": Site, "leaf": Middle, "middle": Middle, "top": Top}
 
@@ -225,3 +228,45 @@ def test_a_killed_worker_that_the_policy_needs_fails_the_job(tmp_path, role):
     assert result.state == "failed"
     assert f"{role}/" in result.text
     assert "SIGKILL" in result.text
+
+
+def test_an_algorithm_that_asks_who_did_not_take_part_is_told_through_the_tree(tmp_path):
+    """FedDyn's share of trainers, where each group's aggregator chooses one of two in turn; all have four samples."""
+    made = spec(5, {"sort": "feddyn", "kwargs": {"alpha": 0.5}}, learningRate=0.1)
+    in_turn = {"selector": {"sort": "round_robin", "kwargs": {"k": 1}}}
+    shares = []
+
+    class Noting(Top):
+        def _aggregate_weights(self, tag):
+            super()._aggregate_weights(tag)
+            shares.append(self._optimizer._share)
+
+    schema, classes = three_tiers(lower=in_turn), CLASSES | {"trainer": Steps, "top": Noting}
+    Tree(tmp_path, schema, {"eu": 2, "na": 2}, classes, modelSpec=made).run()
+    assert shares == [1.0, 0.5, 0.5, 0.5, 0.5]  # in the first round nobody knows of the others yet
+
+
+def test_the_example_runs_with_its_upper_tier_over_mqtt_and_its_lower_one_over_p2p(tmp_path):
+    broker = Mosquitto(tmp_path / "broker")
+    try:
+        overrides = [
+            "schema.channels[global-channel].backend=mqtt",
+            f"brokers=[{{sort: mqtt, host: '{broker.address}'}}]",
+        ]
+        with Run(tmp_path, "hierarchical", *overrides) as run:
+            result = run.result()
+    finally:
+        broker.kill()
+    assert result.state == "completed"
+    weights, _ = federated([1, 2, 3, 4], 15)
+    np.testing.assert_allclose(result.models["model.safetensors"]["weights"], weights, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"trainers": -1}, {"trainers": True}, {"population": 3}, {"population": [1, "many"]}, {"population": [-1, 2]}],
+)
+def test_an_update_that_lies_about_its_trainers_is_refused_in_words(lie):
+    update = Update(end="e", weights={}, count=1.0, version=1, metadata=lie)
+    with pytest.raises(WorkerError, match=r"The update of e .* which is no number of trainers"):
+        (trainers_of if "trainers" in lie else population_of)(update)

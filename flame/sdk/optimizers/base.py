@@ -23,6 +23,9 @@ Weights = Mapping[str, npt.NDArray[Any]]
 #: The entry of an update's metadata that says how many trainers it stands for; without it, it is a trainer's own.
 TOLD_TRAINERS = "trainers"
 
+#: The entry that says how many trainers an aggregator has seen so far and how many samples they have: ``(number, samples)``.
+TOLD_POPULATION = "population"
+
 
 class Update(msgspec.Struct, kw_only=True):
     """What one trainer (or a middle aggregator for its trainers) sends for a round.
@@ -175,3 +178,21 @@ def trainers_of(update: Update) -> int:
     if isinstance(told, bool) or not isinstance(told, int) or told < 0:
         raise WorkerError(f"The update of {update.end} stands for {told!r} trainers, which is no number of trainers.")
     return told
+
+
+def population_of(update: Update) -> tuple[int, float]:
+    """How many trainers an update's sender has seen so far, and how many samples they have.
+
+    :raises flame.errors.WorkerError: it says so wrongly.
+    """
+    from flame.errors import WorkerError
+
+    told = update.metadata.get(TOLD_POPULATION)
+    if told is None:
+        return 1, update.count
+    match told:
+        case [int(members), int() | float() as samples] if members >= 0 and 0 <= samples < float("inf"):
+            return max(members, 1), float(samples)
+    raise WorkerError(
+        f"The update of {update.end} says that it has seen {told!r}, which is no number of trainers and samples."
+    )

@@ -47,7 +47,7 @@ class FedDyn(ServerStep):
 
     def accept(self, update: Update, runs: list[Run]) -> None:
         """See :meth:`FedAvg.accept`."""
-        self.population.note(update.end, update.count)
+        self.population.note(update)
 
     def close(self, total: WeightedSum) -> Flat:
         """See :meth:`FedAvg.close`."""

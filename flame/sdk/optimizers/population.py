@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from flame.sdk.optimizers.base import Update, population_of
 from flame.sdk.optimizers.layout import Array
 
 
@@ -19,22 +20,29 @@ class Population:
     def __init__(self, size: int | None) -> None:
         self.size = size
         self._counts: dict[str, float] = {}
-        self._round: set[str] = set()
+        self._members: dict[str, int] = {}
+        self._round: dict[str, float] = {}
 
     def begin(self) -> None:
         """A round begins."""
         self._round.clear()
 
-    def note(self, end: str, count: float) -> None:
-        """``end`` takes part in this round with ``count`` samples."""
-        self._counts[end] = count
-        self._round.add(end)
+    def note(self, update: Update) -> None:
+        """An update takes part in this round.
+
+        One of an aggregator below also says how many trainers it has seen so far, and how many samples they have; in
+        parts, the last part's word counts.
+        """
+        members, everybody = population_of(update)
+        self._members[update.end] = members
+        self._round[update.end] = self._round.get(update.end, 0.0) + update.count
+        self._counts[update.end] = max(everybody, self._round[update.end])
 
     def share(self) -> float:
         """This round's samples among everybody's; with equal numbers, the share of trainers |S| / N."""
         known = sum(self._counts.values())
-        everybody = known * max(1.0, (self.size or 0) / len(self._counts))
-        return sum(self._counts[end] for end in self._round) / everybody
+        seen = sum(self._members.get(end, 1) for end in self._counts)
+        return sum(self._round.values()) / (known * max(1.0, (self.size or 0) / seen))
 
     def state(self) -> dict[str, Array]:
         """For the checkpoint: the ends as text in bytes, one a line, and their numbers of samples."""

@@ -69,7 +69,7 @@ class Scaffold(ServerStep):
         changes = self._variates.runs(update.extra, update.end)
         check_finite(changes, update.end)
         self._changes.add(changes, update.count)
-        self.population.note(update.end, update.count)
+        self.population.note(update)
 
     def close(self, total: WeightedSum) -> Flat:
         """See :meth:`FedAvg.close`."""

@@ -29,7 +29,7 @@ from flame.sdk.mode.horizontal.syncfl.rounds import (
 )
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.tasklet import Loop, Tasklet
-from flame.sdk.optimizers.base import TOLD_TRAINERS
+from flame.sdk.optimizers.base import TOLD_POPULATION, TOLD_TRAINERS, Update, population_of
 from flame.sdk.weights import as_arrays, set_weights
 
 __all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TAG_FETCH", "TAG_UPLOAD", "MiddleAggregator"]
@@ -48,6 +48,7 @@ class MiddleAggregator(RoundAggregator, Follower):
     _extra: Mapping[str, Any] = {}
     _seconds: float | None = None
     _patience: float = 0.0
+    _seen: dict[str, tuple[int, float]]
     _sent: tuple[int, float] = (0, 0.0)  # trainers and samples of this round that the tier above has heard of
 
     def __init__(self, config: Config) -> None:
@@ -58,6 +59,7 @@ class MiddleAggregator(RoundAggregator, Follower):
         super().internal_init()
         chosen = self.config.optimizer
         self._optimizer = optimizers.make(chosen.sort, chosen.kwargs).middle()
+        self._seen = {}
 
     def initialize(self) -> None:
         """For the user: make a model, if the group's is to be evaluated. Does nothing where it is not written."""
@@ -149,11 +151,21 @@ class MiddleAggregator(RoundAggregator, Follower):
             MessageType.DATASET_SIZE: samples,
             MessageType.MODEL_VERSION: self._round,
             MessageType.ROUND: self._round,
-            MessageType.METADATA: {TOLD_TRAINERS: trainers},
+            MessageType.METADATA: {TOLD_TRAINERS: trainers, TOLD_POPULATION: self._population()},
         }
         if extra and samples:
             message[MessageType.EXTRA] = extra
         return message
+
+    def _population(self) -> tuple[int, float]:
+        """How many trainers were seen so far and how many samples they have, for algorithms that ask who did not take part."""
+        return sum(number for number, _ in self._seen.values()), sum(samples for _, samples in self._seen.values())
+
+    def _update(self, end: str, message: Message) -> Update:
+        """See :class:`RoundAggregator`; also notes who was seen."""
+        update = super()._update(end, message)
+        self._seen[end] = population_of(update)
+        return update
 
     def save_metrics(self) -> None:
         """Report what :meth:`update_metrics` was told in this round."""
