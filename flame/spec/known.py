@@ -53,7 +53,7 @@ DATASAMPLERS = Kind("datasampler", ("default", "fedbalancer"), "flame.datasample
 PRIVACIES = Kind("privacy", ("default", "dp"), "flame.privacies")
 BACKENDS = Kind("backend", ("inproc", "p2p", "mqtt"), "flame.backends")
 REGISTRIES = Kind("registry", ("default", "mlflow", "local", "dummy"), "flame.registries")
-COMPRESSIONS = Kind("compression", ("none", "float16", "bfloat16", "int8", "topk"))
+COMPRESSIONS = Kind("compression", ("none", "float16", "bfloat16", "int8", "topk"), "flame.compressions")
 PRIORITIES = Kind("priority", ("low", "medium", "high"))
 
 #: Which functions of a role can be bound to a channel: those that the roles of Flame's library declare, and
