@@ -220,3 +220,33 @@ def test_a_killed_trainer_is_done_without_where_the_policy_allows_it(tmp_path):
     assert result.state == "completed"
     assert result.rounds[-1] == 150
     assert "the job goes on without it" in result.text
+
+
+def test_a_version_that_nobody_answers_in_time_fails_the_job(tmp_path):
+    go = threading.Event()
+
+    class Stuck(AsyncSite):
+        def train(self):
+            assert go.wait(30)
+            super().train()
+
+    policy = {"roundDeadline": 0.5, "joinDeadline": 5}
+    job = Tree(
+        tmp_path, two_tiers(), {"default": 2}, CLASSES | {"trainer": Stuck}, modelSpec=spec(2, FEDBUFF), policy=policy
+    )  # fmt: skip
+    for role in job.roles:
+        job.start(role)
+    job.threads[job.roles.index(job["top"][0])].join(30)
+    error = job.errors[job["top"][0]]
+    assert isinstance(error, RoundFailed)
+    assert (
+        "Round 1 has 0 of at least 1 updates (policy.minTrainers) after 0.5 s (policy.roundDeadline)" in error.message
+    )
+    go.set()
+
+
+def test_goals_by_role_must_name_every_aggregating_role(tmp_path):
+    made = spec(1, FEDBUFF, aggGoals={"tip": 2})
+    job = Tree(tmp_path, two_tiers(), {"default": 1}, CLASSES, modelSpec=made, policy={"joinDeadline": 0.2})
+    with pytest.raises(SpecError, match=r"aggGoals.* also for 'top'"):
+        job.run()

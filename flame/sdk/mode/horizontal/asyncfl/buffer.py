@@ -44,8 +44,12 @@ class BufferedAggregator(RoundAggregator):
                 "optimizer",
             )
         by_role = hyper.get("aggGoals", {})
-        goal = by_role.get(self.config.role) if isinstance(by_role, dict) else None
-        goal = goal or chosen.kwargs.get("agg_goal") or hyper.aggregation_goal or 1
+        if not isinstance(by_role, dict) or (by_role and self.config.role not in by_role):
+            raise SpecError(
+                f"it must say a number for each aggregating role, also for {self.config.role!r}.",
+                "hyperparameters.aggGoals",
+            )
+        goal = by_role.get(self.config.role) or chosen.kwargs.get("agg_goal") or hyper.aggregation_goal or 1
         if isinstance(goal, bool) or not isinstance(goal, int) or goal < 1:
             raise SpecError(f"the aggregation goal of {self.config.role} must be at least 1, not {goal!r}.", "aggGoals")
         self._goal = goal
