@@ -209,7 +209,7 @@ class Mortal(Member):
         if self.config.hyperparameters.get("dies") == ["train", round]:
             self.vanish()
 
-    def _reduce(self, plan):
+    def _combine(self, plan):
         if self.config.hyperparameters.get("dies") == ["reduce", plan.round]:
             self.vanish()
         if self.config.hyperparameters.get("dies") == ["gather", plan.round]:
@@ -223,7 +223,7 @@ class Mortal(Member):
                 send(*told)
 
             table.send_segment = some
-        super()._reduce(plan)
+        super()._combine(plan)
 
     def vanish(self):
         self.cm.cleanup()

@@ -52,15 +52,26 @@ class Peer(Training, RoundKeeper):
     def _begin_round(self, weights: Weights) -> None:
         """Training begins from ``weights``, which stay as they are meanwhile; for algorithms that want to know."""
         self._start = weights
-        self.regularizer.begin(weights, {})
+        self.regularizer.begin(weights, self._further())
+
+    def _further(self) -> Weights:
+        """The optimizer's further arrays that go along with the model."""
+        return {}
+
+    def _with_extra(self, extra: Weights) -> None:
+        """The optimizer's further arrays that go along with an update.
+
+        :raises flame.errors.WorkerError: nobody is there to take them.
+        """
+        if extra:
+            raise WorkerError(
+                f"The optimizer {self.config.optimizer.sort!r} sends further arrays to a server, and there is none."
+            )
 
     def _trained_weights(self) -> Weights:
         """The model after training as it leaves this member: private if the job says so. Call it once a round."""
         weights: Weights = get_weights(self.model)
-        if self.regularizer.finish(weights, *self._training()):
-            raise WorkerError(
-                f"The optimizer {self.config.optimizer.sort!r} sends further arrays to a server, and there is none."
-            )
+        self._with_extra(self.regularizer.finish(weights, *self._training()))
         if self.privacy.sort != "default":
             weights = self.privacy.apply(weights, self._start)
         self._start = {}

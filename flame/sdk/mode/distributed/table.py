@@ -21,7 +21,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 #: Kinds of messages between members.
 STAND, PLAN, TORN, SEGMENT, MODEL, FAREWELL = "stand", "plan", "torn", "segment", "model", "farewell"
+INVITE, UPDATE = "invite", "update"
 
 
 class Torn(Exception):
@@ -81,6 +82,7 @@ class Table:
         self._torn: set[str] = set()
         self._segments: dict[str, deque[Message]] = {}
         self._models: dict[str, Message] = {}
+        self._invited: set[str] = set()
         self._silent: set[str] = set()
         self._farewells: set[str] = set()
         self._tickets = itertools.count(1)
@@ -256,15 +258,14 @@ class Table:
             raise Torn
         return piece
 
-    def give(self, message: Mapping[Any, Any]) -> None:
-        """Give the model to those who are behind."""
-        plan = self.plan
-        assert plan is not None
-        if plan.to:
-            self.channel.broadcast(message, plan.to, self._left(self._since), kind=MODEL, metadata={"plan": plan.id})
+    def give(self, message: Mapping[Any, Any], ends: Collection[str]) -> None:
+        """Give the model of the plan's round to some members of the plan; one that it does not reach will come to the table."""
+        if ends:
+            assert self.plan is not None
+            self.channel.broadcast(message, ends, self._left(self._since), kind=MODEL, metadata={"plan": self.plan.id})
 
-    def take_model(self) -> Message:
-        """The model that the plan's giver gives.
+    def take_model(self, source: str) -> Message:
+        """The model that another member of the plan gives.
 
         :raises Torn: it will not come.
         """
@@ -273,12 +274,64 @@ class Table:
 
         def came() -> Message | None:
             if plan.id not in self._models:
-                self.check(plan.giver)
+                self.check(source)
             return self._models.pop(plan.id, None)
 
         message = self.until(came, None, lambda: "the model")
         assert message is not None
         return message
+
+    def invite(self, ends: Collection[str]) -> None:
+        """Ask members of the plan for their updates. They come one by one: see :meth:`updates`."""
+        assert self.plan is not None
+        self.channel.broadcast({}, ends, self._left(self._since), kind=INVITE, metadata={"plan": self.plan.id})
+
+    def answer(self, source: str, message: Mapping[Any, Any]) -> None:
+        """Give an update to the member that asks for it, once it has.
+
+        :raises Torn: it will not.
+        """
+        plan = self.plan
+        assert plan is not None
+
+        def came() -> bool | None:
+            if plan.id not in self._invited:
+                self.check(source)
+            return True if plan.id in self._invited else None
+
+        self.until(came, None, lambda: f"{source} to ask for the update")
+        try:
+            self.channel.send(source, message, self._left(self._since), kind=UPDATE, metadata={"plan": plan.id})
+        except EndLeft as error:
+            raise Torn from error
+
+    def updates(self, ends: Sequence[str], *, in_order: bool) -> Iterator[Message]:
+        """The updates of members that were asked, as they come; one that leaves, or is too late, gives none.
+
+        An update's memory is used again when its arrays are dropped: drop them before the next one is asked for.
+
+        :param in_order: in the order of ``ends``, whenever they come.
+        :raises Torn: somebody has torn the plan.
+        """
+        plan = self.plan
+        assert plan is not None
+        pending = list(ends)
+        while pending:
+            try:
+                awaited = pending[:1] if in_order else pending
+                ((message, (end, _)),) = self.channel.recv_fifo(awaited, 1, self._left(self._since))
+            except DeadlineExceeded:
+                return
+            if message is None:
+                pending.remove(end)
+            elif message.kind == UPDATE and message.metadata.get("plan") == plan.id:
+                pending.remove(end)
+                yield message
+            else:
+                self._note(end, message)
+                if plan.id in self._torn:
+                    raise Torn
+            del message
 
     # The end.
 
@@ -347,8 +400,11 @@ class Table:
             message, _ = self.channel.recv(end, 0)
         except DeadlineExceeded:
             return
-        if message is None:
-            return
+        if message is not None:
+            self._note(end, message)
+
+    def _note(self, end: str, message: Message) -> None:
+        """Keep what a message says until it is asked for."""
         self._silent.discard(end)
         told, key = message.metadata, str(message.metadata.get("plan", ""))
         try:
@@ -363,6 +419,8 @@ class Table:
                 self._segments.setdefault(key, deque()).append(message)
             elif message.kind == MODEL:
                 self._models[key] = message
+            elif message.kind == INVITE:
+                self._invited.add(key)
             elif message.kind == FAREWELL:
                 self._farewells.add(end)
         except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:

@@ -1,0 +1,1 @@
+"""Swarm learning: the aggregating role moves among the trainers from round to round."""
