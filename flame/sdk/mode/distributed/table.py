@@ -22,6 +22,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -42,6 +44,15 @@ T = TypeVar("T")
 #: Kinds of messages between members.
 STAND, PLAN, TORN, SEGMENT, MODEL, FAREWELL = "stand", "plan", "torn", "segment", "model", "farewell"
 INVITE, UPDATE = "invite", "update"
+
+
+class News(Enum):
+    """What came of a member that an update is awaited from."""
+
+    UPDATE = "its update"
+    LEFT = "it has left"
+    OTHER = "something else"
+    LATE = "nothing in time"
 
 
 class Torn(Exception):
@@ -82,7 +93,7 @@ class Table:
         self._torn: set[str] = set()
         self._segments: dict[str, deque[Message]] = {}
         self._models: dict[str, Message] = {}
-        self._invited: set[str] = set()
+        self._invited: set[tuple[str, str]] = set()  # plan, end
         self._silent: set[str] = set()
         self._farewells: set[str] = set()
         self._tickets = itertools.count(1)
@@ -295,9 +306,10 @@ class Table:
         assert plan is not None
 
         def came() -> bool | None:
-            if plan.id not in self._invited:
-                self.check(source)
-            return True if plan.id in self._invited else None
+            if (plan.id, source) in self._invited:
+                return True
+            self.check(source)
+            return None
 
         self.until(came, None, lambda: f"{source} to ask for the update")
         try:
@@ -317,21 +329,66 @@ class Table:
         assert plan is not None
         pending = list(ends)
         while pending:
-            try:
-                awaited = pending[:1] if in_order else pending
-                ((message, (end, _)),) = self.channel.recv_fifo(awaited, 1, self._left(self._since))
-            except DeadlineExceeded:
+            news, end, message = self._one_of(pending[:1] if in_order else pending)
+            if news is News.LATE:
                 return
-            if message is None:
+            if news is not News.OTHER:
                 pending.remove(end)
-            elif message.kind == UPDATE and message.metadata.get("plan") == plan.id:
-                pending.remove(end)
+            if message is not None:
                 yield message
-            else:
-                self._note(end, message)
-                if plan.id in self._torn:
-                    raise Torn
             del message
+
+    def exchange(self, ends: Sequence[str], message: Mapping[Any, Any]) -> Iterator[Message]:
+        """Give an update to some members and get one of each, as they come; one that leaves, or is too late, gives none.
+
+        Each is given when it is ready to take it, by a thread, while others are received: so large updates do not wait for each other
+        in a circle.
+        """
+        plan = self.plan
+        assert plan is not None
+        self.invite(ends)
+        pending, owed = list(ends), set(ends)
+        sent = []
+        with ThreadPoolExecutor(1, "flame-exchange") as sender:
+            while pending:
+                ready = sorted(end for end in owed if (plan.id, end) in self._invited)
+                owed.difference_update(ready)
+                sent += [sender.submit(self._send_update, end, message) for end in ready]
+                news, end, update = self._one_of(pending)
+                if news is News.LATE:
+                    break
+                if news is not News.OTHER:
+                    pending.remove(end)
+                if update is not None:
+                    yield update
+                del update
+        for each in sent:
+            each.result()
+
+    def _send_update(self, end: str, message: Mapping[Any, Any]) -> None:
+        assert self.plan is not None
+        left = self._left(self._since)
+        self.channel.broadcast(message, [end], left, kind=UPDATE, metadata={"plan": self.plan.id})
+
+    def _one_of(self, ends: Sequence[str]) -> tuple[News, str, Message | None]:
+        """What comes next of some members; what is no update for the plan is kept for whom it concerns.
+
+        :raises Torn: somebody has torn the plan.
+        """
+        plan = self.plan
+        assert plan is not None
+        try:
+            ((message, (end, _)),) = self.channel.recv_fifo(ends, 1, self._left(self._since))
+        except DeadlineExceeded:
+            return News.LATE, "", None
+        if message is None:
+            return News.LEFT, end, None
+        if message.kind == UPDATE and message.metadata.get("plan") == plan.id:
+            return News.UPDATE, end, message
+        self._note(end, message)
+        if plan.id in self._torn:
+            raise Torn
+        return News.OTHER, end, None
 
     # The end.
 
@@ -420,7 +477,7 @@ class Table:
             elif message.kind == MODEL:
                 self._models[key] = message
             elif message.kind == INVITE:
-                self._invited.add(key)
+                self._invited.add((key, end))
             elif message.kind == FAREWELL:
                 self._farewells.add(end)
         except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
