@@ -1,7 +1,7 @@
 """The trainer of coordinated rounds: it works for whichever aggregator gives it the model.
 
 The coordinator tells trainer and aggregator alike who works with whom, and the aggregator acts on it. So a trainer need not wait to be
-told, and is not stuck with an aggregator that has died: it takes the newest model that anyone who is still there has given it.
+told, and is not stuck with an aggregator that has died: it takes the models that those who are still there give it.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ class Trainer(SyncTrainer):
                     self.aggregator_id = message[MessageType.COORDINATED_ENDS]
 
     def _newest(self, channel: Channel) -> Message:
-        """The newest model that was given by somebody who is still there, or the word that ends the work."""
+        """The first model that was given by somebody who is still there, or the word that ends the work.
+
+        Every one who is there gets an answer, in the order in which they asked: an aggregator that a trainer was taken from
+        still counts on what it gave out before.
+        """
         while True:
             self.await_peer(channel)
             channel.wait_until(lambda: bool(channel.heard()) or channel.empty())
-            newest: Message | None = None
             for end in channel.heard():
-                while not channel.is_rxq_empty(end):
-                    message, _ = channel.recv(end)
-                    if message is None:
-                        continue
-                    if MessageType.EOT in message:
-                        return message
-                    if channel.has(end) and (newest is None or message[MessageType.ROUND] >= newest[MessageType.ROUND]):
-                        newest, self._source = message, end
-            if newest is not None:
-                self._source_mark = newest.metadata.get("as", newest.attempt)
-                return newest
+                if (message := channel.peek(end)[0]) is not None and MessageType.EOT in message:
+                    return message
+            for message, (end, _) in channel.recv_fifo(channel.heard(), 1):
+                if message is None or not channel.has(end):
+                    continue
+                if (last := channel.peek(end)[0]) is not None and MessageType.EOT in last:
+                    return last
+                self._source, self._source_mark = end, message.metadata.get("as", message.attempt)
+                return message
 
     def compose(self) -> None:
         """Put the workflow together: as the synchronous one, and before each model what the coordinator has said."""
