@@ -211,16 +211,15 @@ def test_the_example_describes_patients_of_three_hospitals(tmp_path):
         assert abs(estimate["value"] - np.quantile(bmi, float(q), method="inverted_cdf")) <= estimate["error"] <= 0.01
 
 
-@pytest.mark.parametrize("enough", [False, True])
-def test_a_killed_hospital_ends_the_job_unless_the_policy_does_without_it(tmp_path, enough):
+def test_a_killed_hospital_is_not_waited_for_where_the_policy_does_without_it(tmp_path):
     example = shutil.copytree(ROOT / "examples" / "analytics", tmp_path / "example")
     script = example / "analyst" / "main.py"
     once = "summary = self.summary()"
     assert once in script.read_text()
     script.write_text(script.read_text().replace(once, f"{once}\n        for _ in range(400): self.summary()"))
-    with Run(tmp_path, example, *(["policy.minTrainers=2"] if enough else [])) as run:
+    with Run(tmp_path, example, "policy.minTrainers=2") as run:
         run.wait_for("round 1")
         run.kill_one("hospital")
         result = run.result()
     assert "SIGKILL" in result.text
-    assert result.state == ("completed" if enough else "failed"), result.text
+    assert result.state == "completed", result.text

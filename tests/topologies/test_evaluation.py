@@ -184,12 +184,11 @@ def test_the_example_measures_a_model_at_four_sites(tmp_path):
     assert metrics["min accuracy"] <= metrics["accuracy"] <= metrics["max accuracy"]
 
 
-@pytest.mark.parametrize("enough", [False, True])
-def test_a_killed_site_ends_the_job_unless_the_policy_does_without_it(tmp_path, enough):
-    settings = ["hyperparameters={rounds: 300}", *(["policy.minTrainers=3"] if enough else [])]
+def test_a_killed_site_is_not_waited_for_where_the_policy_does_without_it(tmp_path):
+    settings = ["hyperparameters={rounds: 300}", "policy.minTrainers=3"]
     with Run(tmp_path, "evaluation", *settings) as run:
         run.wait_for("round 1/")
         run.kill_one("trainer")
         result = run.result()
     assert "SIGKILL" in result.text
-    assert result.state == ("completed" if enough else "failed"), result.text
+    assert result.state == "completed", result.text

@@ -203,7 +203,8 @@ class ActiveParty(RoundKeeper):
             raise RoundFailed(
                 f"The feature party {self._called(end)} {self._absent[end]} before it gave any output: nobody knows how wide it is."
             )
-        return pytorch().zeros(count, self._widths[end])
+        like = self._like()
+        return pytorch().zeros(count, self._widths[end], device=None if like is None else like.device)
 
     # Asking.
 
