@@ -37,7 +37,7 @@ class RingMean:
         :param plan: names the ring; this member is one of it.
         :param weights: this member's model, which is not changed.
         :param count: how many samples it stands for.
-        :raises flame.sdk.mode.distributed.table.Torn: a member has left, or has torn the plan.
+        :raises flame.sdk.mode.distributed.carrier.Torn: a member has left, or has torn the plan.
         :raises flame.errors.WorkerError: the members have different models.
         """
         table, ring = self._table, plan.ring

@@ -19,8 +19,9 @@ import numpy as np
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.distributed.agreement import NEWCOMER, Plan
+from flame.sdk.mode.distributed.carrier import Torn
 from flame.sdk.mode.distributed.peer import Peer
-from flame.sdk.mode.distributed.table import Table, Torn
+from flame.sdk.mode.distributed.table import Table
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.weights import as_arrays, get_weights, set_weights

@@ -17,7 +17,8 @@ from typing import Any
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.distributed.average import RingMean
-from flame.sdk.mode.distributed.table import Table, Torn
+from flame.sdk.mode.distributed.carrier import Torn
+from flame.sdk.mode.distributed.table import Table
 from flame.sdk.mode.distributed.trainer import TAG_RING_ALLREDUCE
 from flame.sdk.mode.horizontal.syncfl.rounds import TOLD_SECONDS
 from flame.sdk.mode.horizontal.syncfl.trainer import TAG_FETCH, TAG_UPLOAD

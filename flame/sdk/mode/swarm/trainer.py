@@ -21,8 +21,8 @@ import numpy as np
 from flame.errors import RoundFailed, SpecError, WorkerError
 from flame.sdk.codec import Message
 from flame.sdk.mode.distributed.agreement import Plan
+from flame.sdk.mode.distributed.carrier import Torn
 from flame.sdk.mode.distributed.member import Member
-from flame.sdk.mode.distributed.table import Torn
 from flame.sdk.mode.message import MessageType
 from flame.sdk.optimizers.base import Optimizer, Update, Weights
 from flame.sdk.weights import as_arrays
