@@ -340,3 +340,12 @@ def test_a_killed_laboratory_ends_the_job_unless_the_policy_does_without_it(tmp_
     if enough:
         assert "goes on without the features of" in result.text
         assert result.rounds == [1, 2, 3]
+
+
+def test_a_killed_clinic_ends_the_job_and_no_laboratory_waits_for_it(tmp_path):
+    with Run(tmp_path, "vertical", "hyperparameters.epochs=20", "policy.minTrainers=2") as run:
+        run.wait_for("round 1/")
+        run.kill_one("clinic")
+        result = run.result()
+    assert result.state == "failed", result.text
+    assert "SIGKILL" in result.text
