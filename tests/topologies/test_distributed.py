@@ -363,6 +363,29 @@ def test_the_proximal_term_knows_what_training_began_from(job):
     assert all(np.abs(gradient["w"]).max() > 0 for gradient in seen)
 
 
+def test_all_begin_from_the_registered_model_that_the_job_names(tmp_path):
+    registry = {"sort": "local", "uri": str(tmp_path / "registry")}
+    first = Job(tmp_path / "first")
+    before = members(first, [1, 2], rounds=2, registry=registry)
+    first.run()
+    second = Job(tmp_path / "second")
+    after = members(second, [1, 2, 3], rounds=1, registry=registry, baseModel={"name": "test", "version": 1})
+    second.run()
+    expected = federated([1, 2, 3], 1, before[0].after[2])[1]
+    assert all(close(peer.after[1], expected) for peer in after)
+
+
+def test_updates_are_private_where_the_job_says_so_and_the_budget_ends_the_work(job):
+    privacy = {"sort": "dp", "kwargs": {"clip_threshold": 0.5, "noise_factor": 2.0, "budget": 8.0}}
+    peers = members(job, [1, 2, 3], rounds=50, privacy=privacy)
+    job.run()
+    rounds = said("round", peers)
+    spent = [metrics["epsilon"] for _, metrics in rounds]
+    assert spent == sorted(spent)
+    assert 1 <= len(rounds) < 50
+    assert all(np.array_equal(peer.model["w"], peers[0].model["w"]) for peer in peers)
+
+
 def test_a_script_of_flames_library_names_the_same_class():
     from flame.mode.distributed.trainer import TAG_RING_ALLREDUCE
     from flame.mode.distributed.trainer import Trainer as Named

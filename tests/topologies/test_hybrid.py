@@ -189,6 +189,14 @@ def test_only_those_who_were_given_the_round_are_waited_for_in_a_group(job):
     assert said("warning", [top, *members]) == []
 
 
+def test_scripts_of_flames_library_name_the_same_classes():
+    from flame.mode.hybrid.top_aggregator import TopAggregator as NamedTop
+    from flame.mode.hybrid.trainer import Trainer as Named
+
+    assert (Named, NamedTop) == (Trainer, TopAggregator)
+    assert Named.get_func_tags() == ["fetch", "upload", "ring_allreduce"]
+
+
 # The example, through the whole system: p2p within the groups, mqtt between them and the aggregator.
 
 

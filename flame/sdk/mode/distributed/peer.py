@@ -41,6 +41,12 @@ class Peer(Training, RoundKeeper):
     _start: Weights = {}
     _private: int = 0
 
+    def internal_init(self) -> None:
+        """See :class:`Role`."""
+        super().internal_init()
+        if not self.privacy.affords():
+            raise SpecError("The privacy's budget is less than one round costs: raise it, or the noise.", "privacy")
+
     def _open_registry(self) -> None:
         """Not before it is needed: see :meth:`_keep`."""
 
