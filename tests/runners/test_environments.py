@@ -80,7 +80,9 @@ async def test_those_who_want_the_same_share_one_installation(tmp_path: Path) ->
 
 async def test_an_installation_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     environments = Environments(tmp_path / "environments")
-    bad = make_wheel(tmp_path, "flametestone", requires=f"flametesttwo @ {(tmp_path / 'flametesttwo-9.9-py3-none-any.whl').as_uri()}")
+    bad = make_wheel(
+        tmp_path, "flametestone", requires=f"flametesttwo @ {(tmp_path / 'flametesttwo-9.9-py3-none-any.whl').as_uri()}"
+    )
     with pytest.raises(RunnerError, match=r"flametestone @ .* could not be installed: .*flametesttwo-9\.9"):
         await environments.python([bad])
     assert [path for path in (tmp_path / "environments").iterdir() if path.is_dir()] == []
