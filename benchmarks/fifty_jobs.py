@@ -33,12 +33,11 @@ async def complete(client: Client, job: pathlib.Path, number: int) -> bool:
     created = await client.jobs.submit(bundle)
     await client.jobs.start(created.id)
     ended = await client.jobs.wait(created.id)
-    if ended.state is not JobState.COMPLETED or len(ended.rounds) != ROUNDS:
+    path = ended.model.path if ended.model else None
+    if ended.state is not JobState.COMPLETED or len(ended.rounds) != ROUNDS or path is None:
         print(f"job {number}: {ended.state.value}, {len(ended.rounds)} rounds, {ended.failure}", file=sys.stderr)
         return False
-    assert ended.model is not None
-    assert ended.model.path is not None
-    body = pathlib.Path(ended.model.path).read_bytes()
+    body = pathlib.Path(path).read_bytes()
     values = np.frombuffer(body[8 + int.from_bytes(body[:8], "little") :], np.float32)
     return bool((values == 1 + ROUNDS * number).all())
 
