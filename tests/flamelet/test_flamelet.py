@@ -279,8 +279,10 @@ async def test_a_worker_that_is_restarted_in_place_does_not_run_again(start: Any
     server, worker = await start(STAYS)
     await server.until_said("metrics")
     await server.until(lambda: server.acked >= 2)
+    (child,) = psutil.Process(worker.process.pid).children()
     os.killpg(worker.process.pid, signal.SIGKILL)
     await worker.exit()
+    child.kill()  # a container that is restarted takes it along
     _, second = await start(server, worker.work)
     final = await server.until_state("failed")
     assert await second.exit() == 0
