@@ -4,7 +4,9 @@ import queue
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,15 +14,19 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "mqtt"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "sdk"))
 import peerkit
 import runkit
+from byhand import Hand
 from mqttkit import Mosquitto
 from peerkit import InThread, Job, Line, close, federated, said
 
 from flame.errors import RoundFailed, SpecError
-from flame.sdk.mode.distributed.agreement import NEWCOMER, Stand, decide
+from flame.sdk.mode.distributed.agreement import NEWCOMER, Plan, Stand, decide
+from flame.sdk.mode.distributed.post import PLAN, STAND, Post
 from flame.sdk.mode.distributed.ring import allreduce
 from flame.sdk.mode.distributed.trainer import Trainer
+from flame.spec.nouns import RoundPolicy
 
 
 class Member(InThread, Line, Trainer):
@@ -392,6 +398,85 @@ def test_a_script_of_flames_library_names_the_same_class():
 
     assert Named is Trainer
     assert Named.get_func_tags() == [TAG_RING_ALLREDUCE] == ["ring_allreduce"]
+
+
+# What members have said.
+
+
+def said_by(end, kind, metadata):
+    return SimpleNamespace(kind=kind, attempt=1, metadata=metadata)
+
+
+def test_a_word_that_another_speaker_has_answered_is_not_a_members_last_one():
+    me = SimpleNamespace(end="a", attempt=1, order="")
+    channel = SimpleNamespace(get_backend_id=lambda: "a", member=lambda end: me)
+    post = Post(channel, RoundPolicy(), None)
+    post._note("b", said_by("b", STAND, {"stand": [NEWCOMER, False, 2]}))  # "a" was the speaker for a moment
+    answered = Plan(id="c/1/1", round=0, giver="c", to=["a", "b"], tickets={"a": 5, "b": 3})
+    post._note("c", said_by("c", PLAN, {"plan": msgspec.to_builtins(answered)}))
+    assert post._stands == {}
+    post._note("b", said_by("b", STAND, {"stand": [1, True, 4]}))
+    assert post._stands == {"b": (1, Stand(1, True, 4))}
+
+
+# By hand, as processes.
+
+SCRIPT = """
+import time
+import numpy as np
+from flame.sdk import Config
+from flame.sdk.mode.distributed.trainer import Trainer
+
+class Member(Trainer):
+    def __init__(self, config):
+        self.config = config
+
+    def initialize(self):
+        self.model = {"w": np.zeros(1000)}
+
+    def train(self):
+        print("training", self._round, flush=True)
+        if self.config.hyperparameters.get("stop") == self._round:
+            time.sleep(3600)
+        self.model["w"] += int(self.config.task_id[-2:])
+        self.dataset_size = 1
+
+    def evaluate(self):
+        print("mean", self._round, self.model["w"][0], flush=True)
+        # The others go on when the third one is back.
+        channel = self.channel("ring_allreduce")
+        if self._round == self.config.hyperparameters.get("await"):
+            assert channel.wait_until(lambda: len(channel.all_ends()) == 2, 60)
+
+member = Member(Config("config.json"))
+member.compose()
+member.run()
+"""
+
+
+def test_a_killed_member_that_is_started_anew_is_given_the_model_and_takes_part(tmp_path):
+    (tmp_path / "member.py").write_text(SCRIPT)
+    hand = Hand(tmp_path, channels=[peerkit.RING], groupAssociation={"ring": "default"}, peers={"ring": 2})
+    try:
+        steady = [
+            hand.start("trainer", number, tmp_path / "member.py", hyperparameters={"rounds": 6, "await": 2})
+            for number in (1, 2)
+        ]
+        victim = hand.start("trainer", 3, tmp_path / "member.py", hyperparameters={"rounds": 6, "stop": 2})
+        victim.wait_for("training 2")
+        victim.kill()
+        for worker in steady:
+            worker.wait_for("mean 2 3.5")  # 2 after the first round, then the mean of 1 and 2
+        anew = hand.start("trainer", 3, tmp_path / "member.py", 2, hyperparameters={"rounds": 6})
+        assert [worker.end() for worker in (*steady, anew)] == [0, 0, 0], anew.text
+    finally:
+        hand.stop()
+    last = [next(line for line in worker.lines if line.startswith("mean 6")) for worker in (*steady, anew)]
+    assert len(set(last)) == 1
+    began = int(next(line for line in anew.lines if line.startswith("training")).split()[1])
+    assert began in (3, 4)
+    # 1.5 a round without it, 2 with it.
+    assert float(last[0].split()[2]) == 3.5 + 1.5 * (began - 3) + 2 * (7 - began)
 
 
 # The example, through the whole system.

@@ -81,6 +81,16 @@ class Post:
         self._segments = {key: kept for key, kept in self._segments.items() if key == plan.id}
         self._models = {key: kept for key, kept in self._models.items() if key == plan.id}
 
+    def _answered(self, plan: Plan) -> None:
+        """Drop what members said of themselves before the word that a plan answers.
+
+        A member told it to this one when this one was the speaker for a moment, and has told another one since. Taken for its last word
+        when this one becomes the speaker again, it would cost that member's update.
+        """
+        for end, ticket in plan.tickets.items():
+            if end in self._stands and self._stands[end][1].ticket <= ticket:
+                del self._stands[end]
+
     def until(self, came: Callable[[], T | None], timeout: float | None, whom: Callable[[], str]) -> T | None:
         """Take in what arrives until ``came()`` gives something.
 
@@ -136,7 +146,9 @@ class Post:
                 done, trained, ticket = told["stand"]
                 self._stands[end] = message.attempt, Stand(int(done), bool(trained), int(ticket))
             elif message.kind == PLAN:
-                self._plans.append((end, msgspec.convert(told["plan"], Plan)))
+                plan = msgspec.convert(told["plan"], Plan)
+                self._plans.append((end, plan))
+                self._answered(plan)
             elif message.kind == TORN:
                 self._torn.add(key)
             elif message.kind == SEGMENT and key not in self._torn:

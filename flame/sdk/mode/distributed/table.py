@@ -55,7 +55,7 @@ class Table(Carrier):
         self._least = policy.min_trainers if least is None else least
         self._expected = expected
         self._met = expected <= 1
-        self._tickets = itertools.count(1)
+        self._tickets = itertools.count((self.me.attempt << 32) + 1)  # a later attempt's are higher
         self._numbers = itertools.count(1)
 
     def _ready(self) -> dict[str, Stand]:
