@@ -110,6 +110,7 @@ class MqttBackend(Backend):
         self._beat = 0
         self._chunk = int(context.options.get("mqtt_chunk_bytes", CHUNK_BYTES))
         self._failed: str | None = None
+        self._mourned = 0  # the last of this worker's own connections whose will was heard
         self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[object, ...]]] = queue.SimpleQueue()
         self._running = True
         self._thread = threading.Thread(target=self._run, name="flame-mqtt", daemon=True)
@@ -478,8 +479,10 @@ class MqttBackend(Backend):
         elif said.epoch > self._epoch and not said.left:
             self._fail("was replaced by another start of the same task")
         elif said.left and said.epoch == self._epoch:
-            if self._line is not None and said.connection < self._line.connection:
-                # This worker's will: it was away for so long that the broker has published it.
+            if self._line is not None and self._mourned < said.connection < self._line.connection:
+                # This worker's will: it was away for so long that the broker has published it. It may come twice, from the
+                # session and as the topic's retained message; peers that came back in between are not to be lost again.
+                self._mourned = said.connection
                 self._roster.let_go("lost touch with this worker")
                 self._announce()
         elif self._seats and said.epoch < self._epoch:
