@@ -13,11 +13,10 @@ import numpy as np
 
 from flame.errors import WorkerError
 from flame.sdk.codec import Message
-from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.horizontal.syncfl.top_aggregator import TAG_AGGREGATE, TAG_DISTRIBUTE, TopAggregator
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.roundkeeper import REGISTRY_SECONDS
-from flame.sdk.mode.tasklet import Loop, Tasklet
+from flame.sdk.mode.tasklet import Tasklet
 from flame.sdk.optimizers.base import Optimizer, Update, Weights
 
 __all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "EvaluationAggregator"]
@@ -59,29 +58,9 @@ class EvaluationAggregator(TopAggregator):
         """Put the workflow together: load_data, initialize, then distribute, aggregate, evaluate, save_metrics, once a round
         (a job has one, if it does not say more); at the end inform the sites.
         """
-        with Composer() as composer:
-            self.composer = composer
-            internal_init = Tasklet("internal_init", self.internal_init)
-            load_data = Tasklet("load_data", self.load_data)
-            initialize = Tasklet("initialize", self.initialize)
-            base_model = Tasklet("load_base_model", self.load_base_model)
-            distribute = Tasklet("distribute", self.put, TAG_DISTRIBUTE)
-            aggregate = Tasklet("aggregate", self.get, TAG_AGGREGATE)
-            evaluate = Tasklet("evaluate", self.evaluate)
-            save_metrics = Tasklet("save_metrics", self.save_metrics)
-            inc_round = Tasklet("inc_round", self.increment_round)
-            inform = Tasklet("inform_end_of_training", self.inform_end_of_training)
-            save_results = Tasklet("save_results", self.save_results)
-            loop = Loop(loop_check_fn=lambda: self._work_done)
-        (
-            internal_init
-            >> load_data
-            >> initialize
-            >> base_model
-            >> loop(distribute >> aggregate >> evaluate >> save_metrics >> inc_round)
-            >> inform
-            >> save_results
-        )
+        super().compose()
+        self.composer.get_tasklet("train").remove()
+        self.composer.get_tasklet("save_model").replace_with(Tasklet("save_results", self.save_results))
 
 
 class MetricsMean(Optimizer):
