@@ -125,7 +125,7 @@ def _refuse_crowds(form: JobForm, schema: Schema) -> None:
     count = sum(
         role.replica * max(1, len(role.group_association)) for role in schema.roles if not role.is_data_consumer
     )
-    count += sum(len(names) for entry in form.data_spec for names in entry.dataset_groups.values())
+    count += sum(entry.workers(group) for entry in form.data_spec for group in entry.groups())
     if count > MAX_TASKS:
         raise SpecError(f"the job has {count} tasks; {MAX_TASKS} are allowed. Reduce the replicas.", "schema: roles")
 

@@ -185,7 +185,7 @@ class ChannelManager:
             end=self.config.task_id,
             role=self.config.role,
             attempt=attempt,
-            dials=bool(self.config.dataset),
+            dials=bool(self.config.dataset) or self.config.from_user,
             order=hashlib.sha256(work.encode()).hexdigest()[:16],
         )
 

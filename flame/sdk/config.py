@@ -196,6 +196,7 @@ class _File(Part, kw_only=True):
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     schema: str = ""
     peers: dict[str, int] = field(default_factory=dict)
+    from_user: bool = False
 
 
 class Config:
@@ -215,6 +216,7 @@ class Config:
     :ivar group_association: group by channel.
     :ivar peers: how many peers the expansion made, by channel; empty by hand.
     :ivar dataset: the dataset's URL; empty for a role without one.
+    :ivar from_user: a participant brings this worker: it may sit behind a NAT, whatever its dataset.
     :ivar policy: the round policy.
     """
 
@@ -236,6 +238,7 @@ class Config:
         self.group_association = document.group_association
         self.peers = document.peers
         self.dataset = document.dataset or ""
+        self.from_user = document.from_user
         self.hyperparameters = Hyperparameters(document.hyperparameters)
         self.base_model = document.base_model or BaseModel()
         self.optimizer = document.optimizer or Sorted(sort="fedavg")

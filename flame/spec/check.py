@@ -283,14 +283,16 @@ def _data(form: JobForm, schema: Schema, registered: Collection[str], places: Pl
                 places.where(*here, "role"),
             )
         candidates = associations(schema, role, places.under("schema"))
-        for group, names in entry.dataset_groups.items():
+        named = [("datasetGroups", group) for group in entry.dataset_groups]
+        for key, group in [*named, *(("fromUser", group) for group in entry.from_user)]:
             if association_for(candidates, group) is None:
                 groups = sorted({value for one in candidates for value in one.values()})
                 raise SpecError(
                     f"role {role.name!r} has no groupAssociation with the group {group!r}; "
                     f"{suggestion(group, groups, 'its groups')}",
-                    places.where(*here, "datasetGroups", group),
+                    places.where(*here, key, group),
                 )
+        for group, names in entry.dataset_groups.items():
             for at, name in enumerate(names):
                 if name not in brought and name not in registered:
                     raise SpecError(
@@ -298,7 +300,7 @@ def _data(form: JobForm, schema: Schema, registered: Collection[str], places: Pl
                         f"{suggestion(name, brought, 'the datasets of the job')}",
                         places.where(*here, "datasetGroups", group, at),
                     )
-    fed = {entry.role for entry in form.data_spec if any(entry.dataset_groups.values())}
+    fed = {entry.role for entry in form.data_spec if entry.groups()}
     for role in schema.roles:
         if role.is_data_consumer and role.name not in fed:
             raise SpecError(

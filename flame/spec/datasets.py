@@ -124,9 +124,13 @@ def entries(data: Any, schema: Schema | None, places: Places, notes: list[str], 
     :param file: where it was written, at ``inside``.
     """
     here = Places({(): (file, inside)})
-    if isinstance(data, dict) and {"fromSystem", "fromUser"} & data.keys():
+    users: list[tuple[str, str, int, Path]] = []
+    if isinstance(data, dict) and {"fromSystem", "fromUser"} & data.keys() and "role" not in data:
+        users = list(_brought(data.get("fromUser"), schema, here.under("fromUser"), (*inside, "fromUser")))
         data, inside = _older(data, schema, here, notes), (*inside, "fromSystem")
         here = Places({(): (file, inside)})
+        if users and not data:
+            data = {}
     elif isinstance(data, list) and (not data or any(isinstance(one, dict) for one in data)):
         places.put(("dataSpec",), file, inside)
         return data
@@ -140,21 +144,45 @@ def entries(data: Any, schema: Schema | None, places: Places, notes: list[str], 
     for role, group, ids, path in by_role(data, schema, here.where()):
         collected.setdefault(role, {})[group] = ids
         order.append((role, group, path))
+    for role, _, _, _ in users:
+        collected.setdefault(role, {})
     index = {role: at for at, role in enumerate(collected)}
     places.put(("dataSpec",), file, inside)
     for role, group, path in order:
         places.put(("dataSpec", index[role], "datasetGroups", group), file, (*inside, *path))
-    return [{"role": role, "datasetGroups": groups} for role, groups in collected.items()]
+    for role, group, _, written in users:
+        places.put(("dataSpec", index[role], "fromUser", group), file, written)
+    counts: dict[str, dict[str, int]] = {}
+    for role, group, count, _ in users:
+        counts.setdefault(role, {})[group] = count
+    return [
+        {"role": role, "datasetGroups": groups, **({"fromUser": counts[role]} if role in counts else {})}
+        for role, groups in collected.items()
+    ]
+
+
+def _brought(users: Any, schema: Schema | None, here: Places, inside: Path) -> Iterator[tuple[str, str, int, Path]]:
+    """The earlier form's counts of workers that participants bring, as ``(role, group, count, path)``; none where all are 0."""
+    if not users:
+        return
+    if not isinstance(users, dict):
+        raise SpecError(f'must be counts by group, such as {{"us": 2}}, not {describe(users)}.', here.where() or None)
+    if not any(users.values()):
+        return
+    by_role = all(isinstance(value, dict) for value in users.values())
+    for role, groups in users.items() if by_role else [(only_role(schema, here.where()), users)]:
+        place = next((one for one in schema.roles if one.name == role), None) if schema is not None else None
+        known = {value for one in associations(schema, place) for value in one.values()} if schema and place else set()
+        for group, count in groups.items():
+            if not count:
+                continue
+            # Some of these files call their only group `default`, whatever its name.
+            meant = next(iter(known)) if len(known) == 1 and group == "default" else group
+            yield role, meant, count, (*inside, *([role] if by_role else []), group)
 
 
 def _older(data: dict[str, Any], schema: Schema | None, here: Places, notes: list[str]) -> Any:
-    """Flame's earlier dataSpec: ``fromSystem`` has the ids, ``fromUser`` counts of datasets that participants hold."""
-    users = data.get("fromUser")
-    if isinstance(users, dict) and any(users.values()):
-        raise SpecError(
-            "datasets that participants bring themselves cannot be used yet; register them and name their ids in fromSystem.",
-            here.where("fromUser"),
-        )
+    """Flame's earlier dataSpec: ``fromSystem`` has the ids, ``fromUser`` counts of workers that participants bring."""
     ids = data.get("fromSystem") or []
     if isinstance(ids, dict) and schema is not None and all(isinstance(one, list) for one in ids.values()):
         # Some of these files number their only group instead of naming it.

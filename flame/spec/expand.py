@@ -9,6 +9,8 @@ The rules:
   order, datasets in the order of the list; ``replica`` does not matter. The task's groupAssociation is the
   role's first one in which any channel has that group as its value. Its dataset is the dataset's URL, its realm
   the dataset's.
+* Behind the datasets of a group come the workers that participants bring (``fromUser``). Their dataset is empty, as
+  nobody but its owner needs to know it, and their realm is the group.
 * A role that names no groupAssociation gets the natural one, every channel of it with its only group.
 * A task's channels are those with its role in ``pair``; a channel that names no backend has the job's.
 * A task is told how many peers it has at the other end of each channel, in its group.
@@ -88,12 +90,13 @@ def expand(
             channel if channel.backend else msgspec.structs.replace(channel, backend=form.backend)
             for channel in channels_of(schema, role.name)
         ]
-        for association, dataset in taken[role.name]:
+        for association, source in taken[role.name]:
+            dataset = source if isinstance(source, Dataset) else None
             config = TaskConfig(
                 taskid="",
                 role=role.name,
                 job=JobRef(id=job_id, name=form.name),
-                realm=dataset.realm if dataset else ANYWHERE,
+                realm=dataset.realm if dataset else source if isinstance(source, str) else ANYWHERE,
                 backend=form.backend,
                 brokers=list(form.brokers if brokers is None else brokers),
                 channels=channels,
@@ -111,6 +114,7 @@ def expand(
                 policy=form.policy,
                 schema=schema.name,
                 peers=_peers(role.name, channels, association, members),
+                from_user=isinstance(source, str),
             )
             content = msgspec.json.encode(config, order="deterministic")
             twin = twins[content] = twins.get(content, -1) + 1
@@ -142,10 +146,14 @@ def _task_id(job_id: str, content: bytes, twin: int) -> str:
     return digest.hexdigest()
 
 
+#: Where a worker's data come from: a registered dataset, the realm of a participant who brings them, or nowhere.
+Source = Dataset | str | None
+
+
 def _places_of(
     role: Role, form: JobForm, schema: Schema, known: Mapping[str, Dataset], places: Places
-) -> Iterator[tuple[dict[str, str], Dataset | None]]:
-    """A role's workers: the association of each, and its dataset if it consumes data."""
+) -> Iterator[tuple[dict[str, str], Source]]:
+    """A role's workers: the association of each, and where its data come from."""
     candidates = associations(schema, role, places.under("schema"))
     if not role.is_data_consumer:
         for _ in range(role.replica):
@@ -163,17 +171,17 @@ def _data_places(
     candidates: list[dict[str, str]],
     known: Mapping[str, Dataset],
     places: Places,
-) -> Iterator[tuple[dict[str, str], Dataset]]:
-    for group, ids in sorted(entry.dataset_groups.items()):
+) -> Iterator[tuple[dict[str, str], Source]]:
+    for group in entry.groups():
         association = association_for(candidates, group)
         if association is None:
             groups = sorted({value for one in candidates for value in one.values()})
             raise SpecError(
                 f"role {role.name!r} has no groupAssociation with the group {group!r}; "
                 + suggestion(group, groups, "its groups"),
-                places.where("datasetGroups", group),
+                places.where("datasetGroups" if group in entry.dataset_groups else "fromUser", group),
             )
-        for at, ref in enumerate(ids):
+        for at, ref in enumerate(entry.dataset_groups.get(group, ())):
             if ref not in known:
                 raise SpecError(
                     f"unknown dataset {ref!r}: no dataset of the job and none that is registered has this id; "
@@ -181,3 +189,5 @@ def _data_places(
                     places.where("datasetGroups", group, at),
                 )
             yield association, known[ref]
+        for _ in range(entry.from_user.get(group, 0)):
+            yield association, group

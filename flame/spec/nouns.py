@@ -88,10 +88,28 @@ class Dataset(Form, frozen=True, kw_only=True):
 
 
 class DatasetGroups(Form, frozen=True, kw_only=True):
-    """One entry of a dataSpec: which datasets the workers of a data-consuming role use, by group."""
+    """One entry of a dataSpec: which datasets the workers of a data-consuming role use, by group.
+
+    :ivar dataset_groups: registered datasets, or the job's own: each one gets a worker that Flame starts.
+    :ivar from_user: how many workers participants bring, each with data of its own (``flame join``).
+    """
 
     role: Name
-    dataset_groups: dict[str, list[str]]
+    dataset_groups: dict[str, list[str]] = field(default_factory=dict)
+    from_user: dict[str, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
+
+    def groups(self) -> list[str]:
+        """The groups that have a worker, sorted."""
+        return sorted(
+            {
+                *(group for group, ids in self.dataset_groups.items() if ids),
+                *(group for group, n in self.from_user.items() if n),
+            }
+        )
+
+    def workers(self, group: str) -> int:
+        """How many workers a group has."""
+        return len(self.dataset_groups.get(group, ())) + self.from_user.get(group, 0)
 
 
 class BaseModel(Form, frozen=True, kw_only=True):
@@ -180,6 +198,7 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     """A task's configuration: what the SDK's ``Config`` reads. Made by the expansion, never by hand in a job.
 
     :ivar schema: the schema's name.
+    :ivar from_user: a participant brings this worker and its data; ``dataset`` is filled in on the participant's machine.
     :ivar peers: by channel, how many tasks of the expansion are at the other end in this task's group. A worker waits
         at its start until they are there (at the longest ``policy.join_deadline``); a channel that is missing says nothing.
     """
@@ -205,3 +224,4 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     schema: str = ""
     peers: dict[str, int] = field(default_factory=dict)
+    from_user: bool = False

@@ -77,7 +77,7 @@ def uses(
             for entry in data_spec:
                 if entry.role != role.name:
                     continue
-                for group, ids in sorted(entry.dataset_groups.items()):
+                for group in entry.groups():
                     found = association_for(candidates, group)
-                    if found is not None and ids:
-                        yield role, found, len(ids)
+                    if found is not None:
+                        yield role, found, entry.workers(group)

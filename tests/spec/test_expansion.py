@@ -76,6 +76,23 @@ def test_hybrid_takes_the_first_association_that_has_the_group(schemas: dict[str
     assert tasks[1].peers == {"param-channel": 2, "global-channel": 1}
 
 
+def test_workers_that_participants_bring_come_behind_the_datasets_of_their_group(
+    schemas: dict[str, Any], make_job: Make
+) -> None:
+    form = make_job(schemas["hier_mnist"], {"na": ["canada"], "eu": ["uk"]})
+    spec = [msgspec.structs.replace(form.data_spec[0], from_user={"eu": 2, "na": 0})]
+    tasks = expand(msgspec.structs.replace(form, data_spec=spec), None, {}, JOB)
+    trainers = [(t.group_association["param-channel"], t.dataset, t.realm, t.from_user) for t in tasks[3:]]
+    assert trainers == [
+        ("eu", "https://example.org/uk.npz", trainers[0][2], False),
+        ("eu", "", "eu", True),
+        ("eu", "", "eu", True),
+        ("na", "https://example.org/canada.npz", trainers[3][2], False),
+    ]
+    assert tasks[0].peers == {"param-channel": 3, "global-channel": 1}
+    assert len({task.taskid for task in tasks}) == len(tasks)
+
+
 def test_parallel_experiments(schemas: dict[str, Any], make_job: Make) -> None:
     form = make_job(schemas["parallel_experiment"], {"us": ["west"], "eu": ["uk"], "asia": ["china"]})
     assert outline(expand(form, None, {}, JOB)) == [

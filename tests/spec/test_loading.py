@@ -179,10 +179,24 @@ def test_earlier_forms_of_a_data_spec_load(system: Any, flame_folder: Flame) -> 
     assert any("go to 'us', the only group" in note for note in job.notes) is (system == {"0": ["a"]})
 
 
-def test_datasets_that_participants_hold_are_refused_for_now(flame_folder: Flame) -> None:
-    spec = {"fromUser": {"default": 2}, "fromSystem": {}}
-    with pytest.raises(SpecError, match=r"^dataSpec.json: fromUser: datasets that participants bring"):
-        load_job(flame_folder(dataSpec__json=spec))
+@pytest.mark.parametrize("users", [{"default": 2}, {"us": 2}, {"trainer": {"us": 2}}], ids=["only", "group", "role"])
+@pytest.mark.parametrize("system", [{}, {"us": ["a"]}], ids=["none", "hybrid"])
+def test_workers_that_participants_bring_are_counted_by_group(
+    users: dict[str, Any], system: dict[str, Any], flame_folder: Flame
+) -> None:
+    form = load_job(flame_folder(dataSpec__json={"fromUser": users, "fromSystem": system})).form
+    assert [(one.role, one.dataset_groups, one.from_user) for one in form.data_spec] == [("trainer", system, {"us": 2})]
+    today = [{"role": "trainer", "datasetGroups": system, "fromUser": {"us": 2}}]
+    assert load_job(flame_folder(dataSpec__json=today)).form.data_spec == form.data_spec
+
+
+def test_a_wrong_count_of_participants_is_refused_with_its_place(flame_folder: Flame) -> None:
+    with pytest.raises(SpecError, match=r"^dataSpec.json: fromUser.us: must be a whole number"):
+        load_job(flame_folder(dataSpec__json={"fromUser": {"us": "two"}, "fromSystem": {}}))
+    with pytest.raises(SpecError, match=r"^dataSpec.json: fromUser.mars: role 'trainer' has no groupAssociation"):
+        load_job(flame_folder(dataSpec__json={"fromUser": {"mars": 1}, "fromSystem": {}}))
+    with pytest.raises(SpecError, match=r"^dataSpec.json: fromUser: must be counts by group"):
+        load_job(flame_folder(dataSpec__json={"fromUser": 2, "fromSystem": {}}))
 
 
 def test_older_schemas_load(flame_folder: Flame, schemas: dict[str, Any]) -> None:
