@@ -16,21 +16,29 @@ import msgspec
 
 from flame.errors import SpecError, UsageError
 from flame.runners.base import Capacity, ExitCallback, Runner, WorkerExit, WorkerInfo, WorkerSpec
+from flame.runners.secret import Secret, read_secret
 
 __all__ = [
     "Capacity",
     "ExitCallback",
     "Runner",
+    "Secret",
     "WorkerExit",
     "WorkerInfo",
     "WorkerSpec",
+    "kinds",
     "make_runner",
+    "read_config",
     "runner_for",
 ]
 
 _GROUP = "flame.runners"
 #: Imported when they are asked for, since each may need packages that only it needs.
-_KINDS = {"local": "flame.runners.local:LocalRunner"}
+_KINDS = {
+    "docker": "flame.runners.docker:DockerRunner",
+    "kubernetes": "flame.runners.kubernetes:KubernetesRunner",
+    "local": "flame.runners.local:LocalRunner",
+}
 
 
 def runner_for(kind: str) -> type[Runner]:
@@ -45,12 +53,31 @@ def runner_for(kind: str) -> type[Runner]:
     else:
         points = importlib.metadata.entry_points(group=_GROUP)
         if kind not in points.names:
-            known = ", ".join(sorted({*_KINDS, *points.names}))
-            raise UsageError(f"There is no kind of compute {kind!r}; known are: {known}.")
+            raise UsageError(f"There is no kind of compute {kind!r}; known are: {', '.join(kinds())}.")
         loaded = points[kind].load()
     if not (isinstance(loaded, type) and issubclass(loaded, Runner)):
         raise UsageError(f"What is registered as the kind of compute {kind!r} is no flame.runners.Runner: {loaded!r}.")
     return loaded
+
+
+def kinds() -> list[str]:
+    """The kinds of compute that there are, also those whose packages are missing."""
+    return sorted({*_KINDS, *importlib.metadata.entry_points(group=_GROUP).names})
+
+
+def read_config(kind: str, config: Mapping[str, Any]) -> msgspec.Struct:
+    """A compute's configuration, checked against its kind.
+
+    :param config: as a user writes it, in camelCase.
+    :raises flame.errors.UsageError: there is no such kind.
+    :raises flame.errors.SpecError: the configuration does not fit the kind.
+    :raises flame.errors.MissingExtra: the kind needs a package that is not installed.
+    """
+    runner = runner_for(kind)
+    try:
+        return msgspec.convert(dict(config), runner.Config, dec_hook=read_secret)
+    except msgspec.ValidationError as error:
+        raise SpecError(f"{error}.", where=f"configuration of a {kind} compute") from error
 
 
 def make_runner(kind: str, config: Mapping[str, Any], *, instance: str, data_dir: Path) -> Runner:
@@ -62,9 +89,4 @@ def make_runner(kind: str, config: Mapping[str, Any], *, instance: str, data_dir
     :raises flame.errors.UsageError: there is no such kind.
     :raises flame.errors.SpecError: the configuration does not fit the kind.
     """
-    runner = runner_for(kind)
-    try:
-        typed = msgspec.convert(dict(config), runner.Config)
-    except msgspec.ValidationError as error:
-        raise SpecError(f"{error}.", where=f"configuration of a {kind} compute") from error
-    return runner(typed, instance=instance, data_dir=data_dir)
+    return runner_for(kind)(read_config(kind, config), instance=instance, data_dir=data_dir)

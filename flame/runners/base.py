@@ -9,12 +9,21 @@ from typing import ClassVar, NamedTuple
 
 import msgspec
 
+from flame.spec.nouns import Resources
+
+#: What a worker runs: the agent that executes a job's task.
+FLAMELET = "flame.flamelet"
+
 
 class WorkerSpec(NamedTuple):
     """What to start: a flamelet for one attempt of a task.
 
     ``environment`` holds all that the flamelet needs (``FLAME_SERVER``, ``FLAME_TASK``, ``FLAME_TASK_KEY``,
     ``FLAME_ATTEMPT``). It holds a secret: a runner passes it on where no process list shows it.
+
+    ``resources`` is what the worker may use: a runner gives it that much, and holds it to it. ``module`` is what it runs
+    (``python -m``): the flamelet, or a session's executor. ``image`` is the container image, where the compute runs containers
+    and its configured one will not do.
     """
 
     task: str
@@ -22,6 +31,9 @@ class WorkerSpec(NamedTuple):
     attempt: int
     environment: Mapping[str, str]
     dependencies: Sequence[str] = ()
+    resources: Resources = Resources()
+    module: str = FLAMELET
+    image: str | None = None
 
     @property
     def name(self) -> str:
@@ -47,9 +59,12 @@ class WorkerExit(NamedTuple):
 
 
 class Capacity(NamedTuple):
-    """How many workers fit in all; None: no limit is known."""
+    """What there is on a compute in all, used or not: workers, cores, bytes of memory, GPUs. None: no limit is known."""
 
-    slots: int | None
+    slots: int | None = None
+    cpu: float | None = None
+    memory: int | None = None
+    gpu: int | None = None
 
 
 ExitCallback = Callable[[WorkerInfo, WorkerExit], None]
@@ -104,7 +119,7 @@ class Runner(abc.ABC):
 
     @abc.abstractmethod
     async def capacity(self) -> Capacity:
-        """How many workers fit."""
+        """What fits in all. Asked anew now and then, since a cluster grows and shrinks."""
 
     @abc.abstractmethod
     async def close(self) -> None:

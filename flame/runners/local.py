@@ -21,7 +21,7 @@ import psutil
 from flame.errors import RunnerError
 from flame.runners.base import Capacity, ExitCallback, Runner, WorkerInfo, WorkerSpec
 from flame.runners.environments import Environments
-from flame.runners.processes import MARK, Leader, ProcessTable, leaders
+from flame.runners.processes import MARK, MODULE, Leader, ProcessTable, leaders
 
 
 class LocalConfig(msgspec.Struct, kw_only=True, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -54,8 +54,6 @@ class LocalRunner(Runner):
 
     kind: ClassVar[str] = "local"
     Config: ClassVar[type[msgspec.Struct]] = LocalConfig
-    #: What a worker runs.
-    module: ClassVar[str] = "flame.flamelet"
 
     def __init__(self, config: LocalConfig, *, instance: str, data_dir: Path) -> None:
         """See the base class."""
@@ -87,7 +85,7 @@ class LocalRunner(Runner):
     async def list(self) -> Sequence[WorkerInfo]:
         """See the base class."""
         found = await self._table.snapshot()
-        for mark, process in leaders(found, self.module, self.instance).items():
+        for mark, process in leaders(found, self.instance).items():
             _, job, task, attempt = mark.split("/")
             info = WorkerInfo(task, job, int(attempt), str(process.pid))
             if _name(info) not in self._workers and _name(info) not in self._starting:
@@ -152,9 +150,9 @@ class LocalRunner(Runner):
         # What FLAME_ variables the server has are for the server.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
         environment |= {**self._config.environment, **spec.environment}
-        environment |= {"FLAME_WORK_DIR": str(work_dir), MARK: self._mark(info)}
+        environment |= {"FLAME_WORK_DIR": str(work_dir), MARK: self._mark(info), MODULE: spec.module}
         try:
-            pid = await asyncio.to_thread(_spawn, [python, "-P", "-m", self.module], environment, work_dir)
+            pid = await asyncio.to_thread(_spawn, [python, "-P", "-m", spec.module], environment, work_dir)
             info = info._replace(handle=str(pid))
             self._watch(info, Leader(pid))
         except OSError as error:

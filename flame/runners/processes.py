@@ -22,9 +22,11 @@ from typing import NamedTuple
 import psutil
 
 from flame.errors import RunnerError
-from flame.runners.base import WorkerExit
+from flame.runners.base import FLAMELET, WorkerExit
 
 MARK = "FLAME_WORKER"
+#: Beside the mark: the module that the worker's first process runs.
+MODULE = "FLAME_WORKER_MODULE"
 
 # Linux only. A descriptor that stands for a process: it becomes readable when the process ends, also
 # for one that is not our child, and no later process that is given the same number is mistaken for it.
@@ -37,6 +39,7 @@ class Found(NamedTuple):
     process: psutil.Process
     session: int
     mark: str | None
+    module: str | None = None
 
     @property
     def leads(self) -> bool:
@@ -50,12 +53,13 @@ def scan() -> list[Found]:
     for process in psutil.process_iter():
         try:
             session = os.getsid(process.pid)
-            mark = process.environ().get(MARK)
+            environment = process.environ()
+            mark, module = environment.get(MARK), environment.get(MODULE, FLAMELET)
         except psutil.AccessDenied:
-            mark = None
+            mark = module = None
         except (psutil.NoSuchProcess, ProcessLookupError, PermissionError):  # NoSuchProcess: zombies, too
             continue
-        found.append(Found(process, session, mark))
+        found.append(Found(process, session, mark, module))
     return found
 
 
@@ -182,10 +186,9 @@ class Leader:
             self._loop.call_soon_threadsafe(end)
 
 
-def leaders(found: Sequence[Found], module: str, instance: str) -> dict[str, psutil.Process]:
+def leaders(found: Sequence[Found], instance: str) -> dict[str, psutil.Process]:
     """The first processes of the workers of an instance, by mark. What only descends from a worker is not among them.
 
-    :param module: the Python module that a worker's first process runs.
     :param instance: the server's id, the beginning of its marks.
     """
     chosen: dict[str, psutil.Process] = {}
@@ -193,7 +196,7 @@ def leaders(found: Sequence[Found], module: str, instance: str) -> dict[str, psu
         if entry.mark is None or not entry.leads or not entry.mark.startswith(f"{instance}/"):
             continue
         with contextlib.suppress(psutil.Error):
-            if module not in entry.process.cmdline():
+            if entry.module not in entry.process.cmdline():
                 continue
             rival = chosen.get(entry.mark)
             if rival is None or entry.process.create_time() < rival.create_time():

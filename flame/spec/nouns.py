@@ -12,7 +12,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, field
 
+from flame.spec.quantities import parse_bytes
+
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
+ComputeName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 Kwargs = dict[str, Any]
@@ -20,6 +23,27 @@ Kwargs = dict[str, Any]
 
 class Form(msgspec.Struct, kw_only=True, frozen=True, rename="camel", forbid_unknown_fields=True):
     """Base of everything a user writes: immutable, camelCase outside, strict about unknown keys."""
+
+
+class Resources(Form, frozen=True, kw_only=True):
+    """What one worker may use: at most this many cores, this much memory, these GPUs. It is taken from the compute's room.
+
+    :ivar cpu: cores, such as 0.5; None for no limit.
+    :ivar memory: bytes, or text such as ``512Mi``; None for no limit.
+    :ivar gpu: whole GPUs.
+    """
+
+    cpu: PositiveFloat | None = None
+    memory: str | PositiveInt | None = None
+    gpu: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory in bytes.
+
+        :raises flame.errors.SpecError: it is no amount of memory.
+        """
+        return None if self.memory is None else parse_bytes(self.memory, "resources: memory")
 
 
 class Sorted(Form, frozen=True, kw_only=True):
@@ -73,6 +97,28 @@ class Schema(Form, frozen=True, kw_only=True):
     description: str = ""
     roles: list[Role]
     channels: list[Channel]
+
+
+class Compute(Form, frozen=True, kw_only=True):
+    """A place that can run workers: this host, a Docker engine, a Kubernetes cluster.
+
+    :ivar name: how jobs, datasets and commands call it; it does not change.
+    :ivar region: where it lies, such as ``default/us/west``.
+    :ivar kind: what runs its workers: ``local``, ``docker``, ``kubernetes``, or one that another package brings.
+    :ivar config: the kind's own configuration. Secrets in it are kept, and never shown.
+    :ivar slots: most workers at once; None: what the compute itself says. Likewise cpu (cores), memory and gpu.
+    :ivar server: the address at which its workers reach the server; empty: the server's own address.
+    """
+
+    name: ComputeName
+    region: str = "default"
+    kind: Name
+    config: dict[str, Any] = field(default_factory=dict)
+    slots: PositiveInt | None = None
+    cpu: PositiveFloat | None = None
+    memory: str | PositiveInt | None = None
+    gpu: Annotated[int, Meta(ge=0)] | None = None
+    server: str = ""
 
 
 class Dataset(Form, frozen=True, kw_only=True):

@@ -113,6 +113,26 @@ class DatasetRecord(Record, kw_only=True):
     created_at: float = 0.0
 
 
+class ComputeRecord(Record, kw_only=True):
+    """A registered compute; ``id`` is its name. See :class:`flame.spec.nouns.Compute`.
+
+    ``drained``: it gets no new workers. Where it is answered, secrets in ``config`` are ``***``.
+    """
+
+    id: str
+    name: str
+    kind: str
+    region: str = "default"
+    config: dict[str, Any] = field(default_factory=dict)
+    slots: int | None = None
+    cpu: float | None = None
+    memory: str | int | None = None
+    gpu: int | None = None
+    server: str = ""
+    drained: bool = False
+    created_at: float = 0.0
+
+
 class Job(Record, kw_only=True):
     """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04.
 

@@ -63,14 +63,13 @@ class Harness:
     async def open(self) -> LocalRunner:
         runner = make_runner("local", self.config, instance=self.instance, data_dir=self.data_dir)
         assert isinstance(runner, LocalRunner)
-        runner.module = "fake_flamelet"  # type: ignore[misc]
         await runner.open(lambda worker, how: self.exits.append((worker, how)))
         self.runners.append(runner)
         return runner
 
     def spec(self, task: str, behaviour: str = "wait", attempt: int = 1) -> WorkerSpec:
         environment = {"FLAME_TASK": task, "FLAME_TASK_KEY": f"secret-{task}", "FLAME_ATTEMPT": str(attempt)}
-        return WorkerSpec(task, "job1", attempt, {**environment, "BEHAVIOUR": behaviour})
+        return WorkerSpec(task, "job1", attempt, {**environment, "BEHAVIOUR": behaviour}, module="fake_flamelet")
 
     async def ready(self, *workers: WorkerInfo) -> None:
         paths = [self.data_dir / "workers" / f"{worker.task}.{worker.attempt}" / "ready" for worker in workers]
@@ -270,11 +269,10 @@ STARTER = textwrap.dedent(
     async def main(instance, data_dir, code):
         config = {"environment": {"PYTHONPATH": code}}
         runner = make_runner("local", config, instance=instance, data_dir=Path(data_dir))
-        runner.module = "fake_flamelet"
         await runner.open(print)
         for task in "abc":
             environment = {"FLAME_TASK": task, "BEHAVIOUR": {"b": "family", "c": "family stubborn"}.get(task, "wait")}
-            await runner.start(WorkerSpec(task, "job1", 2, environment))
+            await runner.start(WorkerSpec(task, "job1", 2, environment, module="fake_flamelet"))
         print("started", flush=True)
         await asyncio.sleep(1000)
 
@@ -356,7 +354,7 @@ async def test_capacity_is_what_was_configured(tmp_path: Path) -> None:
 
 def test_a_kind_is_found_by_its_name_and_its_configuration_checked(tmp_path: Path) -> None:
     assert runner_for("local") is LocalRunner
-    with pytest.raises(UsageError, match=r"'loacl'; known are: local"):
+    with pytest.raises(UsageError, match=r"'loacl'; known are: docker, kubernetes, local"):
         runner_for("loacl")
     with pytest.raises(SpecError, match="slots"):
         make_runner("local", {"slots": 0}, instance="i", data_dir=tmp_path)
