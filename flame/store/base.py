@@ -1,4 +1,4 @@
-"""The interface of the state: JSON documents by id, durable event streams, binary bundles.
+"""The interface of the state: JSON documents by id, durable event streams, journals of bytes, binary bundles.
 
 It is kept so small that an embedded database and a document server both serve it well: a document is
 addressed by ``(collection, id)`` and changed one at a time by compare-and-set of its version. There are
@@ -44,7 +44,14 @@ class KeptBundle(NamedTuple):
     data: bytes
 
 
-Kept = KeptDocument | KeptEvents | KeptBundle
+class KeptRecords(NamedTuple):
+    """Records of one journal with their numbers, in order, as :meth:`Store.dump` gives them."""
+
+    journal: str
+    records: Sequence[tuple[int, bytes]]
+
+
+Kept = KeptDocument | KeptEvents | KeptBundle | KeptRecords
 
 
 class Store(abc.ABC):
@@ -102,6 +109,23 @@ class Store(abc.ABC):
         """Remove a stream and its events."""
 
     @abc.abstractmethod
+    async def record(self, entries: Sequence[tuple[str, int, bytes]]) -> None:
+        """Write records ``(journal, number, bytes)``, of several journals if need be, all in one go.
+
+        A journal is for what is written very often, by one writer who numbers it himself (upwards; gaps are allowed): a
+        record costs a row and nothing is looked up. Those that a crash cuts off are the last ones of the call. A number
+        that is taken already is an error of the caller's, and whether its record is replaced is not said.
+        """
+
+    @abc.abstractmethod
+    async def recall(self, journal: str, *, after: int = 0, limit: int = 1000) -> list[tuple[int, bytes]]:
+        """The records of a journal with a number above ``after``, in order."""
+
+    @abc.abstractmethod
+    async def forget(self, journal: str, numbers: Sequence[int] | None = None) -> None:
+        """Remove records of a journal by their numbers; None: all. What is not there is no error."""
+
+    @abc.abstractmethod
     async def put_bundle(self, data: bytes) -> str:
         """Keep a binary bundle; gives its SHA-256 in hex, which is its address. The same bytes are kept once."""
 
@@ -115,7 +139,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def dump(self) -> AsyncIterator[Kept]:
-        """Everything that is kept: documents, events (each stream's in order), bundles. For a store that nobody changes meanwhile."""
+        """Everything that is kept: documents, events (each stream's in order), journals, bundles. For a store that nobody changes meanwhile."""
 
     @abc.abstractmethod
     async def load(self, kept: Kept) -> None:

@@ -29,6 +29,11 @@ MIGRATIONS: Sequence[Sequence[str]] = (
         "CREATE TABLE events (stream TEXT NOT NULL, seq INTEGER NOT NULL, time REAL NOT NULL,"
         " type TEXT NOT NULL, data TEXT NOT NULL, PRIMARY KEY (stream, seq)) WITHOUT ROWID",
     ),
+    (
+        # With a rowid: records can be large, and an index tree of large rows is slow to walk.
+        "CREATE TABLE journals (journal TEXT NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL,"
+        " PRIMARY KEY (journal, number))",
+    ),
 )
 
 

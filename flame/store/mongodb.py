@@ -21,7 +21,8 @@ import msgspec
 
 from flame.errors import Conflict, StoreError
 from flame.spec.records import Event
-from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, Store
+from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, KeptRecords, Store
+from flame.store.mongo_journals import MongoJournals
 from flame.store.mongo_server import Collection, Fields, MongoServer, sign
 from flame.store.mongo_streams import MongoStreams
 from flame.store.text import check_field, is_field, to_text
@@ -44,6 +45,7 @@ class MongoStore(Store):
     def __init__(self, url: str) -> None:
         self._server = MongoServer(url)
         self._streams = MongoStreams(self._server)
+        self._journals = MongoJournals(self._server)
         self._indexed: set[str] = set()
 
     async def insert(self, collection: str, id: str, body: dict[str, Any], *, keys: Sequence[str] = ()) -> Document:
@@ -124,6 +126,18 @@ class MongoStore(Store):
         """See the base class. A later append to the stream begins at 1 again."""
         await self._streams.drop(stream)
 
+    async def record(self, entries: Sequence[tuple[str, int, bytes]]) -> None:
+        """See the base class."""
+        await self._journals.record(entries)
+
+    async def recall(self, journal: str, *, after: int = 0, limit: int = 1000) -> list[tuple[int, bytes]]:
+        """See the base class."""
+        return await self._journals.recall(journal, after, limit)
+
+    async def forget(self, journal: str, numbers: Sequence[int] | None = None) -> None:
+        """See the base class."""
+        await self._journals.forget(journal, numbers)
+
     async def put_bundle(self, data: bytes) -> str:
         """See the base class. The chunks are written before the document that says how many there are."""
         digest = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
@@ -173,6 +187,9 @@ class MongoStore(Store):
         for stream in await self._streams.names():
             async for events in self._streams.events(stream):
                 yield KeptEvents(stream, events)
+        for journal in await self._journals.names():
+            async for records in self._journals.records(journal):
+                yield KeptRecords(journal, records)
         heads = await self._server.collection("bundles")
         for head in await self._server.patiently(lambda _: heads.find({}, {"_id": 1}).sort("_id", 1).to_list()):
             data = await self.get_bundle(head["_id"])
@@ -185,6 +202,8 @@ class MongoStore(Store):
             await self._insert(kept)
         elif isinstance(kept, KeptEvents):
             await self._streams.load(kept.stream, kept.events)
+        elif isinstance(kept, KeptRecords):
+            await self._journals.record([(kept.journal, *record) for record in kept.records])
         else:
             await self.put_bundle(kept.data)
 

@@ -23,7 +23,7 @@ import msgspec
 
 from flame.errors import Conflict, StoreError
 from flame.spec.records import Event
-from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, Store
+from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, KeptRecords, Store
 from flame.store.bundles import BundleFiles
 from flame.store.connection import connect, explain
 from flame.store.lane import Call, Lane
@@ -155,6 +155,27 @@ class SqliteStore(Store):
         """See the base class. A later append to the stream begins at 1 again."""
         await self._write(lambda db: db.execute("DELETE FROM events WHERE stream = ?", (stream,)).rowcount)
 
+    async def record(self, entries: Sequence[tuple[str, int, bytes]]) -> None:
+        """See the base class. One transaction, together with whatever else is queued."""
+        await self._write(lambda db: _record(db, entries))
+
+    async def recall(self, journal: str, *, after: int = 0, limit: int = 1000) -> list[tuple[int, bytes]]:
+        """See the base class."""
+        sql = "SELECT number, data FROM journals WHERE journal = ? AND number > ? ORDER BY number LIMIT ?"
+        return await self._query(lambda db: db.execute(sql, (journal, after, limit)).fetchall())
+
+    async def forget(self, journal: str, numbers: Sequence[int] | None = None) -> None:
+        """See the base class."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            if numbers is None:
+                db.execute("DELETE FROM journals WHERE journal = ?", (journal,))
+            else:
+                rows = [(journal, number) for number in numbers]
+                db.executemany("DELETE FROM journals WHERE journal = ? AND number = ?", rows)
+
+        await self._write(operation)
+
     async def put_bundle(self, data: bytes) -> str:
         """See the base class."""
         return await asyncio.to_thread(self._bundles.put, data)
@@ -178,6 +199,11 @@ class SqliteStore(Store):
             while events := await self.read(stream, after=after):
                 yield KeptEvents(stream, events)
                 after = events[-1].seq
+        for (journal,) in await self._all("SELECT DISTINCT journal FROM journals ORDER BY journal"):
+            after = 0
+            while records := await self.recall(journal, after=after, limit=100):
+                yield KeptRecords(journal, records)
+                after = records[-1][0]
         for digest in await asyncio.to_thread(self._bundles.digests):
             data = await self.get_bundle(digest)
             if data is not None:
@@ -189,6 +215,8 @@ class SqliteStore(Store):
             await self._insert(kept)
         elif isinstance(kept, KeptEvents):
             await self._write(lambda db: _load_events(db, kept))
+        elif isinstance(kept, KeptRecords):
+            await self.record([(kept.journal, *record) for record in kept.records])
         else:
             await self.put_bundle(kept.data)
 
@@ -260,6 +288,10 @@ def _row(collection: str, id: str, body: dict[str, Any]) -> tuple[str, str | Non
 def _last(db: sqlite3.Connection, stream: str) -> int:
     last: int | None = db.execute("SELECT max(seq) FROM events WHERE stream = ?", (stream,)).fetchone()[0]
     return last or 0
+
+
+def _record(db: sqlite3.Connection, entries: Sequence[tuple[str, int, bytes]]) -> None:
+    db.executemany("INSERT INTO journals (journal, number, data) VALUES (?, ?, ?)", entries)
 
 
 def _load_events(db: sqlite3.Connection, kept: KeptEvents) -> None:

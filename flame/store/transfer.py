@@ -1,7 +1,8 @@
 """Move the state from one database to another, directly or through a file.
 
-The file is a zip archive that other programs can read: ``flame.json`` says the format's version, ``documents.ndjson``
-and ``events.ndjson`` hold a document or an event a line, ``bundles/`` the bundles by their digest. Nothing of it
+The file is a zip archive that other programs can read: ``flame.json`` says the format's version, ``documents.ndjson``,
+``events.ndjson`` and ``journals.ndjson`` hold a document, an event or a record (its bytes in Base64) a line, ``bundles/``
+the bundles by their digest. Nothing of it
 belongs to one kind of database. The server must not run meanwhile: the state is read piece by piece.
 """
 
@@ -20,10 +21,15 @@ import msgspec
 
 from flame.errors import Conflict, SpecError, StoreError
 from flame.spec.records import Event, Record
-from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, Store
+from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, KeptRecords, Store
 
 _FORMAT = 1
 _TOGETHER = 500
+_FILES: dict[type, str] = {
+    KeptDocument: "documents.ndjson",
+    KeptEvents: "events.ndjson",
+    KeptRecords: "journals.ndjson",
+}
 
 
 class _Header(Record, kw_only=True):
@@ -44,6 +50,12 @@ class _EventLine(Record, kw_only=True):
     time: float
     type: str
     data: dict[str, Any]
+
+
+class _RecordLine(Record, kw_only=True):
+    journal: str
+    number: int
+    data: bytes
 
 
 async def copy(source: Store, target: Store) -> int:
@@ -106,7 +118,7 @@ async def _write(store: Store, part: Path) -> int:
                 digest = hashlib.sha256(kept.data).hexdigest()
                 await asyncio.to_thread(archive.writestr, f"bundles/{digest}", kept.data)
                 continue
-            name = "documents.ndjson" if isinstance(kept, KeptDocument) else "events.ndjson"
+            name = _FILES[type(kept)]
             if section is None or name != opened:  # a dump gives one kind after the other
                 stack.close()
                 section, opened = stack.enter_context(archive.open(name, "w", force_zip64=True)), name
@@ -115,10 +127,13 @@ async def _write(store: Store, part: Path) -> int:
     return count
 
 
-def _lines(kept: KeptDocument | KeptEvents) -> Iterator[_DocumentLine | _EventLine]:
+def _lines(kept: KeptDocument | KeptEvents | KeptRecords) -> Iterator[_DocumentLine | _EventLine | _RecordLine]:
     if isinstance(kept, KeptDocument):
         name, version, body = kept.document
         yield _DocumentLine(collection=kept.collection, id=name, version=version, body=body, keys=list(kept.keys))
+    elif isinstance(kept, KeptRecords):
+        for number, data in kept.records:
+            yield _RecordLine(journal=kept.journal, number=number, data=data)
     else:
         for event in kept.events:
             yield _EventLine(stream=kept.stream, seq=event.seq, time=event.time, type=event.type, data=event.data)
@@ -152,6 +167,11 @@ def _sections(archive: zipfile.ZipFile) -> Iterator[Kept]:
     if "events.ndjson" in names:
         with archive.open("events.ndjson") as lines:
             yield from _event_pieces(lines)
+    if "journals.ndjson" in names:
+        with archive.open("journals.ndjson") as lines:
+            for text in lines:
+                record = msgspec.json.decode(text, type=_RecordLine)
+                yield KeptRecords(record.journal, [(record.number, record.data)])
     for name in names:
         if name.startswith("bundles/"):
             data = archive.read(name)

@@ -215,6 +215,29 @@ async def test_state_is_there_after_closing_and_opening(url: str, tmp_path: Path
     await store.close()
 
 
+async def test_journals_keep_bytes_in_the_order_of_their_numbers(store: Store) -> None:
+    await store.record([("session/a", 1, b"\0one"), ("session/b", 1, b"other"), ("session/a", 3, b"three")])
+    await store.record([("session/a", 20, b"x" * 20_000_000), ("session/a", 21, b"")])
+    assert await store.recall("session/b") == [(1, b"other")]
+    assert await store.recall("session/a", limit=2) == [(1, b"\0one"), (3, b"three")]
+    found = await store.recall("session/a", after=3)
+    assert [(number, len(data)) for number, data in found] == [(20, 20_000_000), (21, 0)]
+    await store.forget("session/a", [1, 20, 77])
+    assert await store.recall("session/a") == [(3, b"three"), (21, b"")]
+    await store.forget("session/a")
+    assert await store.recall("session/a") == []
+    assert await store.recall("session/b") == [(1, b"other")]
+
+
+async def test_a_journal_is_read_piece_by_piece_without_losing_any(store: Store) -> None:
+    await store.record([("j", number, bytes([number])) for number in range(1, 101)])
+    read, after = [], 0
+    while piece := await store.recall("j", after=after, limit=7):
+        read += piece
+        after = piece[-1][0]
+    assert read == [(number, bytes([number])) for number in range(1, 101)]
+
+
 async def test_a_cancelled_caller_harms_nobody(store: Store) -> None:
     tasks = [asyncio.ensure_future(store.append("job/1", [("a", {"n": n})])) for n in range(50)]
     await asyncio.sleep(0)

@@ -25,6 +25,7 @@ async def source(tmp_path: Path) -> AsyncIterator[Store]:
     await store.insert("designs", "1", {})
     await store.append("job/1", [("x", {"n": n}) for n in range(1300)])
     await store.append("job/2", [("large", {"text": "ü" * 100_000}), ("y", {})])
+    await store.record([("session/1", n, bytes([n])) for n in range(1, 200)] + [("session/2", 5, b"")])
     for data in (b"", b"code", os.urandom(5_000_000)):
         await store.put_bundle(data)
     yield store
@@ -37,9 +38,10 @@ async def everything(store: Store) -> list[Kept]:
     for entry in kept:
         if hasattr(entry, "events"):
             merged.setdefault(entry.stream, []).extend(entry.events)
-    return sorted((entry for entry in kept if not hasattr(entry, "events")), key=repr) + sorted(
-        merged.items(), key=repr
-    )
+        if hasattr(entry, "records"):
+            merged.setdefault(entry.journal, []).extend(entry.records)
+    whole = (entry for entry in kept if not hasattr(entry, "events") and not hasattr(entry, "records"))
+    return sorted(whole, key=repr) + sorted(merged.items(), key=repr)
 
 
 async def test_a_file_carries_everything_from_one_store_to_another(source: Store, tmp_path: Path) -> None:
