@@ -15,6 +15,11 @@ from flame.errors import FlameError
 from flame.flamelet.agent import Agent
 from flame.flamelet.settings import Settings
 
+#: The server says it on the event stream when it wants a worker to end; so a signal alone comes from elsewhere.
+_ASKED = (
+    "Its worker was asked to end by a signal: from somebody on its host, or from what it runs on as that shut down."
+)
+
 
 async def work() -> bool:
     """Be the worker that the environment says. SIGTERM and SIGINT end the task with it."""
@@ -22,7 +27,7 @@ async def work() -> bool:
     agent = Agent(Settings.read(environment), environment)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: agent.stop("Its worker was asked to end.", hurry=True))
+        loop.add_signal_handler(number, lambda: agent.stop(_ASKED, hurry=True))
     return await agent.run()
 
 

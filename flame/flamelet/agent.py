@@ -21,9 +21,11 @@ from flame.client.http import Session
 from flame.errors import FlameError, Forbidden, NotFound, Unauthorized
 from flame.flamelet.child import Child
 from flame.flamelet.fetch import fetch
+from flame.flamelet.memory import Memory, read_memory
 from flame.flamelet.outbox import Outbox
 from flame.flamelet.output import Output
 from flame.flamelet.settings import Settings
+from flame.spec.quantities import show_bytes
 from flame.spec.records import Manifest, Record
 
 T = TypeVar("T")
@@ -74,6 +76,7 @@ class Agent:
         self._child: Child | None = None
         self._uploads: set[asyncio.Task[None]] = set()
         self._failure: str | None = None  # the child's own sentence
+        self._memory = Memory()
         self._started = asyncio.Event()
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._hurried = asyncio.Event()
@@ -165,6 +168,7 @@ class Agent:
     async def _execute(self, manifest: Manifest, folder: Path) -> Final:
         """Run the role's code and see it through."""
         output = self._output.pipe()
+        self._memory = read_memory()
         try:
             child = await Child.start(
                 [sys.executable, *LAUNCHER, "main.py", "config.json"],
@@ -248,9 +252,18 @@ class Agent:
         if message is None and status > 0:
             message = f"Its main.py ended with exit code {status}."
         elif message is None:
-            hint = " (out of memory, perhaps)" if status == -signal.SIGKILL else ""
+            hint = self._memory_hint() if status == -signal.SIGKILL else ""
             message = f"Its process was killed by {how['signal']}{hint}."
         return {"state": "failed", "message": message, "log": self._output.tail(), **how}
+
+    def _memory_hint(self) -> str:
+        """Why the kernel has sent SIGKILL, as far as the control group tells."""
+        before, now = self._memory.kills, read_memory()
+        if before is None or now.kills is None:
+            return " (out of memory, perhaps)"
+        if now.kills == before:
+            return ""
+        return ": it was out of memory" + (f", of which it may use {show_bytes(now.limit)}" if now.limit else "")
 
     async def _unless_stopped(self, awaited: Awaitable[T]) -> T | None:
         """The result of an awaitable, or None if a stop came first."""
