@@ -63,6 +63,16 @@ async def stop(call: Call[None, NoQuery]) -> Job:
     return await call.api.controller.stop_job(call.path("id"))
 
 
+async def pause(call: Call[None, NoQuery]) -> Job:
+    """Pause a job."""
+    return await call.api.controller.pause_job(call.path("id"))
+
+
+async def resume(call: Call[None, NoQuery]) -> Job:
+    """Resume a job."""
+    return await call.api.controller.resume_job(call.path("id"))
+
+
 async def tasks(call: Call[None, NoQuery]) -> Page[Task]:
     """List a job's tasks."""
     return Page(items=await call.api.controller.tasks(call.path("id")))
@@ -133,6 +143,22 @@ ROUTES = [
         path=f"{_ONE}/stop",
         handler=stop,
         summary="Stop a job: its workers are ended, then it is terminated.",
+        answer=Job,
+        refusals=(404, 409),
+    ),
+    Route(
+        method="POST",
+        path=f"{_ONE}/pause",
+        handler=pause,
+        summary="Pause a job: its workers are ended, and what they have reached is kept.",
+        answer=Job,
+        refusals=(404, 409),
+    ),
+    Route(
+        method="POST",
+        path=f"{_ONE}/resume",
+        handler=resume,
+        summary="Resume a paused job: it waits for room, then new workers go on from the last round that was kept.",
         answer=Job,
         refusals=(404, 409),
     ),

@@ -135,6 +135,32 @@ def stop(given: str, wait: bool, server: str | None, how: str) -> None:
     _show([ask(server, do)], how, alone=True)
 
 
+@job.command(context_settings=CONTEXT, epilog=examples("flame job pause digits"))
+@click.argument("given", metavar="JOB")
+@server_option
+@output_option
+def pause(given: str, server: str | None, how: str) -> None:
+    """Pause JOB: end its workers, and keep what they have reached. Its room is free for other jobs meanwhile."""
+
+    async def do(client: Client) -> Job:
+        return await client.jobs.pause(await names.job_id(client, given))
+
+    _show([ask(server, do)], how, alone=True)
+
+
+@job.command(context_settings=CONTEXT, epilog=examples("flame job resume digits"))
+@click.argument("given", metavar="JOB")
+@server_option
+@output_option
+def resume(given: str, server: str | None, how: str) -> None:
+    """Let JOB, which is paused, go on from the last round that was kept."""
+
+    async def do(client: Client) -> Job:
+        return await client.jobs.resume(await names.job_id(client, given))
+
+    _show([ask(server, do)], how, alone=True)
+
+
 @job.command(context_settings=CONTEXT, epilog=examples("flame job wait digits --timeout 3600"))
 @click.argument("given", metavar="JOB")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after so long.")

@@ -18,7 +18,7 @@ from flame.cli.views import View
 
 _SHORTEST = 0.1  # seconds between two drawings
 _LONGEST = 1.0  # the elapsed time goes on even if nothing happens
-_COLOURS = {"completed": "green", "failed": "red", "terminated": "yellow", "stopping": "yellow"}
+_COLOURS = {"completed": "green", "failed": "red", "terminated": "yellow", "stopping": "yellow", "paused": "yellow"}
 
 
 class Live(View):

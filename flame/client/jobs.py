@@ -58,6 +58,20 @@ class Jobs(Noun):
         """Ask a job to stop; :meth:`wait` says when it has."""
         return await self._session.call("POST", f"/v1/jobs/{id}/stop", into=Job)
 
+    async def pause(self, id: str) -> Job:
+        """Ask a job's workers to end; what the job has reached is kept. Returns at once, the job is ``pausing`` then.
+
+        :raises flame.errors.Conflict: it is not under way.
+        """
+        return await self._session.call("POST", f"/v1/jobs/{id}/pause", into=Job)
+
+    async def resume(self, id: str) -> Job:
+        """Let a paused job go on from the last round that was kept.
+
+        :raises flame.errors.Conflict: it is not paused.
+        """
+        return await self._session.call("POST", f"/v1/jobs/{id}/resume", into=Job)
+
     async def tasks(self, id: str) -> list[Task]:
         """A job's tasks, in the order of expansion."""
         return (await self._session.call("GET", f"/v1/jobs/{id}/tasks", into=Page[Task])).items

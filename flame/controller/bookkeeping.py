@@ -69,6 +69,8 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
         ),
         clock=job.running_at is not None,
         failure=job.failure,
+        restart={role.name: job.form.restart.of(role.name) for role in job.form.schema.roles},
+        pauses=job.form.on_failure == "pause",
     )
 
 
@@ -104,18 +106,21 @@ def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]
     if after.attempt != before.attempt:
         fields = {
             "attempt": after.attempt,
-            "replaced": after.replaced,
             "started_at": now,
             "compute": None,
             "worker": None,
             "reason": "Its worker is being started.",
         }
+    if after.replaced != before.replaced:
+        fields["replaced"] = after.replaced
     if after.state is not before.state:
         fields["state"] = after.state
         if after.state is not TaskState.DEPLOYING:
             fields["reason"] = None
         if after.state.ended:
             fields |= {"ended_at": now, "failure": after.failure}
+        elif before.state.ended:
+            fields |= {"ended_at": None, "failure": None}
     return fields
 
 
@@ -127,8 +132,10 @@ def job_fields(job: Job, before: JobLife, after: JobLife, actions: Iterable[Acti
         match action:
             case Enter(state=state):
                 fields |= {"state": state, "reason": None}
-                if state is JobState.STARTING:
+                if state is JobState.STARTING and job.started_at is None:
                     fields["started_at"] = now
+                if state is JobState.PAUSED:
+                    fields["running_at"] = None
                 if state.ended:
                     fields["ended_at"] = now
             case Clock():

@@ -18,7 +18,7 @@ import msgspec
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
 from flame.controller.context import Context, Options, public
-from flame.controller.events import Admit, Kill, Start, Stop
+from flame.controller.events import Admit, Kill, Pause, Resume, Start, Stop
 from flame.controller.keys import Keys
 from flame.controller.placement import Waiting, admit, priority
 from flame.controller.recovery import recover
@@ -144,6 +144,33 @@ class Controller:
         finally:
             if supervisor.state is JobState.READY:
                 self._forget(supervisor)
+        return supervisor.job
+
+    async def pause_job(self, id: str) -> Job:
+        """End a job's workers, and keep what they have reached.
+
+        :raises flame.errors.Conflict: it is not under way.
+        """
+        supervisor = await self._supervise(id)
+        try:
+            await supervisor.handle(Pause())
+        finally:
+            if supervisor.state is JobState.READY:
+                self._forget(supervisor)
+        return supervisor.job
+
+    async def resume_job(self, id: str) -> Job:
+        """Put a paused job in the queue again.
+
+        :raises flame.errors.Conflict: it is not paused.
+        """
+        supervisor = await self._supervise(id)
+        try:
+            await supervisor.handle(Resume())
+        finally:
+            if supervisor.state is JobState.READY:
+                self._forget(supervisor)
+        self._something_freed()
         return supervisor.job
 
     async def delete_job(self, id: str) -> None:

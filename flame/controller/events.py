@@ -19,6 +19,18 @@ class Stop(msgspec.Struct, frozen=True):
     """A user stops the job."""
 
 
+class Pause(msgspec.Struct, frozen=True):
+    """A user pauses the job: its workers are ended, what they have reached is kept."""
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """A user lets a paused job go on."""
+
+
+class Rewind(msgspec.Struct, frozen=True):
+    """A user sets a paused job back to an earlier round: tasks that have ended are to run again, too."""
+
+
 class TimeUp(msgspec.Struct, frozen=True):
     """The job has run for as long as it may."""
 
@@ -29,6 +41,13 @@ class Kill(msgspec.Struct, frozen=True):
     """A user ends one task's worker."""
 
     task: str
+
+
+class Steady(msgspec.Struct, frozen=True):
+    """The worker has run for so long that the losses before it no longer count."""
+
+    task: str
+    attempt: int
 
 
 class Connected(msgspec.Struct, frozen=True):
@@ -96,8 +115,12 @@ Event = (
     Start
     | Admit
     | Stop
+    | Pause
+    | Resume
+    | Rewind
     | TimeUp
     | Kill
+    | Steady
     | Connected
     | Running
     | Completed
@@ -116,10 +139,11 @@ class Enter(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """Start a worker for this attempt."""
+    """Start a worker for this attempt, after ``delay`` seconds."""
 
     task: str
     attempt: int
+    delay: float = 0.0
 
 
 class Begin(msgspec.Struct, frozen=True):

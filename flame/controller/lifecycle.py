@@ -11,6 +11,7 @@ States of a job, and what each one means:
 * ``deploying``: workers were asked for, and some have not started their task's code yet.
 * ``running``: every task's code has been started (some may have completed since). The time limit counts from the
   first one, that is, possibly from before this state.
+* ``pausing``, ``paused``: its workers are being ended, or are gone, and it can be resumed from what they have kept.
 * ``stopping``: its workers are being ended, because somebody asked for it or because something failed.
 * ``completed``, ``failed``, ``terminated``: it ended. **No worker of it is left**: a job enters these states only
   when every worker that was ever asked for is known to be gone.
@@ -22,10 +23,14 @@ States of a job, and what each one means:
                  +-----------+-----------+----> stopping -> failed      where there is a failure
                                                          -> terminated  where there is none
 
-A task fails when its code exits with a status that is not 0, is killed by a signal, or its worker is lost. A worker
-that is lost before it started the code is replaced once, by a new attempt. A failed task fails the job, unless its
-role has a quorum (``policy.minTrainers`` for data-consuming roles, ``policy.minAggregators`` for others) that the rest
-of its workers still make.
+    starting, deploying, running -> pausing -> paused -> starting        pausing, paused -> stopping
+
+A worker that is lost, or whose code is killed by a signal, is replaced by a new attempt, as often as its role's ``restart``
+allows; the first time at once, then after a pause that doubles. Code that exits with an error of its own would do so again, so
+that fails the task, unless ``restart.onError`` says otherwise. So does the loss of a worker that may not be replaced (any more).
+A failed task fails the job, unless its role has a quorum (``policy.minTrainers`` for data-consuming roles,
+``policy.minAggregators`` for others) that the rest of its workers still make. A job whose ``onFailure`` is ``pause`` is paused where
+another would fail.
 
 Everything that follows from the tasks' states is derived in one place, :func:`settle`. So a server that was killed
 between two writes finds its way again: it reads what is there, and settles.
@@ -54,27 +59,36 @@ from flame.controller.events import (
     Gone,
     Kill,
     Missing,
+    Pause,
+    Resume,
+    Rewind,
     Running,
     Silent,
     Start,
+    Steady,
     Stop,
     Terminated,
     TimeUp,
     Warn,
 )
 from flame.errors import Conflict
+from flame.spec.nouns import Restart
 from flame.spec.records import Failure, JobState, TaskState
 
-#: How often a worker is replaced that was lost before it started its task's code.
+#: How often a worker is replaced at least that was lost before it started its task's code.
 REPLACEMENTS = 1
+#: The longest pause before a worker is replaced, in seconds.
+LONGEST_BACKOFF = 60.0
 
 #: The legal changes of a job's state.
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
     {
         JobState.READY: frozenset({JobState.STARTING}),
-        JobState.STARTING: frozenset({JobState.DEPLOYING, JobState.STOPPING}),
-        JobState.DEPLOYING: frozenset({JobState.RUNNING, JobState.STOPPING}),
-        JobState.RUNNING: frozenset({JobState.COMPLETED, JobState.STOPPING}),
+        JobState.STARTING: frozenset({JobState.DEPLOYING, JobState.STOPPING, JobState.PAUSING}),
+        JobState.DEPLOYING: frozenset({JobState.RUNNING, JobState.STOPPING, JobState.PAUSING}),
+        JobState.RUNNING: frozenset({JobState.COMPLETED, JobState.STOPPING, JobState.PAUSING}),
+        JobState.PAUSING: frozenset({JobState.PAUSED, JobState.STOPPING}),
+        JobState.PAUSED: frozenset({JobState.STARTING, JobState.STOPPING}),
         JobState.STOPPING: frozenset({JobState.FAILED, JobState.TERMINATED}),
         JobState.COMPLETED: frozenset(),
         JobState.FAILED: frozenset(),
@@ -88,7 +102,7 @@ class TaskLife(msgspec.Struct, frozen=True):
 
     :ivar attempt: the newest attempt; 0 before the first.
     :ivar connected: the newest attempt's flamelet has been there.
-    :ivar replaced: how many lost workers were replaced.
+    :ivar replaced: how many lost workers were replaced, since one has run for long.
     :ivar live: the attempts whose worker was asked for and is not known to be gone.
     :ivar ending: those of them that were asked to end.
     """
@@ -110,6 +124,8 @@ class JobLife(msgspec.Struct, frozen=True):
     :ivar tasks: by id, in the order of expansion; never changed in place.
     :ivar quorum: for each role, how many of its tasks must not fail.
     :ivar clock: the time limit is counting.
+    :ivar restart: for each role, how lost workers are replaced; for one that is not in it, as nobody has said anything.
+    :ivar pauses: a failure pauses the job.
     """
 
     name: str
@@ -118,6 +134,8 @@ class JobLife(msgspec.Struct, frozen=True):
     quorum: Mapping[str, int]
     clock: bool = False
     failure: Failure | None = None
+    restart: Mapping[str, Restart] = MappingProxyType({})
+    pauses: bool = False
 
 
 def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None, others: int | None = None) -> dict[str, int]:
@@ -163,8 +181,22 @@ def step(job: JobLife, event: Event) -> tuple[JobLife, list[Action]]:
         case Stop():
             if job.state is JobState.READY or job.state.ended:
                 raise Conflict(_not_stoppable(job))
-            if job.state is not JobState.STOPPING and not _work_is_done(job):
+            idle = job.state in (JobState.PAUSING, JobState.PAUSED)
+            if idle or (job.state is not JobState.STOPPING and not _work_is_done(job)):
                 job = _halt(job, None, "the job was stopped", actions)
+        case Pause():
+            if job.state not in (JobState.STARTING, JobState.DEPLOYING, JobState.RUNNING) or _work_is_done(job):
+                raise Conflict(_not_pausable(job))
+            job = _pause(job, "the job is paused", actions)
+        case Resume():
+            if job.state is not JobState.PAUSED:
+                raise Conflict(f"Job {job.name!r} is {job.state.value}; only a paused one can be resumed.")
+            job = _enter(replace(job, failure=None), JobState.STARTING, actions)
+        case Rewind():
+            if job.state is not JobState.PAUSED:
+                raise Conflict(f"Job {job.name!r} is {job.state.value}; only a paused one can be set back.")
+            for task in job.tasks.values():
+                job = _set(job, _afresh(task))
         case TimeUp(seconds=seconds):
             if job.state in (JobState.DEPLOYING, JobState.RUNNING) and not _work_is_done(job):
                 limit = Failure(message=f"The job ran longer than its maxRunTime of {seconds:g} s.")
@@ -198,6 +230,15 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
             job = _enter(job, JobState.RUNNING, actions)
     if job.state is JobState.RUNNING and _work_is_done(job) and not any(task.live for task in job.tasks.values()):
         job = _enter(job, JobState.COMPLETED, actions)
+    if job.state is JobState.PAUSING:
+        for task in job.tasks.values():
+            if task.live:
+                job = _end(job, task, "the job is paused", actions)
+        if not any(task.live for task in job.tasks.values()):
+            for task in job.tasks.values():
+                if task.state is not TaskState.COMPLETED:
+                    job = _set(job, _afresh(task))
+            job = _enter(replace(job, clock=False), JobState.PAUSED, actions)
     if job.state is JobState.STOPPING:
         for task in job.tasks.values():
             if task.live:
@@ -211,33 +252,38 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
 
 def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
     """What is reported or seen of one worker."""
-    assert isinstance(event, Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing)
+    assert isinstance(event, Steady | Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing)
     task = job.tasks[event.task]
     if isinstance(event, Gone | Missing):
         task = replace(task, live=task.live - {event.attempt}, ending=task.ending - {event.attempt})
         job = _set(job, task)
-    if event.attempt != task.attempt or task.state.ended or job.state.ended:
+    if event.attempt != task.attempt or task.state.ended or task.state is TaskState.READY or job.state.ended:
         return job
     match event:
+        case Steady():
+            job = _set(job, replace(task, replaced=0))
         case Connected() if not task.connected:
             job = _set(job, replace(task, connected=True))
-            if job.state is not JobState.STOPPING:
+            if job.state in (JobState.DEPLOYING, JobState.RUNNING):
                 actions.append(Begin(task.id, task.attempt))
         case Running() if task.state is TaskState.DEPLOYING:
             job = _ran(job, replace(task, state=TaskState.RUNNING, connected=True), actions)
         case Completed():
             job = _ran(job, replace(task, state=TaskState.COMPLETED, connected=True), actions)
+        case Failed() | Terminated() | Silent() | Gone() | Missing() if job.state is JobState.PAUSING:
+            pass  # it is to run again, whatever became of it
         case Failed(failure=failure):
-            job = _fail(job, task, failure, actions, parting=True)
+            if _replaceable(job, task, event):
+                job = _replace(job, task, failure, actions, parting=True)
+            else:
+                job = _fail(job, task, failure, actions, parting=True)
         case Missing() if job.state is not JobState.STOPPING and task.state is TaskState.DEPLOYING:
             job = _ask(job, task, actions)
         case Terminated(failure=failure) | Silent(failure=failure) | Gone(failure=failure) | Missing(failure=failure):
             if job.state is JobState.STOPPING:
                 job = _set(job, replace(task, state=TaskState.TERMINATED))
-            elif _replaceable(task, event):
-                if event.attempt in task.live:
-                    job = _end(job, task, "its worker is lost", actions)
-                job = _ask(job, replace(job.tasks[task.id], replaced=task.replaced + 1), actions)
+            elif _replaceable(job, task, event):
+                job = _replace(job, task, failure, actions, parting=False)
             else:
                 job = _fail(job, task, failure, actions, parting=False)
         case _:
@@ -245,13 +291,31 @@ def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
     return job
 
 
-def _replaceable(task: TaskLife, event: Terminated | Silent | Gone | Missing) -> bool:
-    return task.state is TaskState.DEPLOYING and task.replaced < REPLACEMENTS and not isinstance(event, Terminated)
+def _replaceable(job: JobLife, task: TaskLife, event: Failed | Terminated | Silent | Gone | Missing) -> bool:
+    """Whether another worker is to take the place of one that is lost or has failed."""
+    if job.state not in (JobState.DEPLOYING, JobState.RUNNING):
+        return False
+    policy = job.restart.get(task.role, Restart())
+    if isinstance(event, Failed) and event.failure.signal is None and not policy.on_error:
+        return False
+    least = REPLACEMENTS if task.state is TaskState.DEPLOYING and not isinstance(event, Failed | Terminated) else 0
+    return task.replaced < max(policy.attempts, least)
 
 
-def _ask(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
+def _replace(job: JobLife, task: TaskLife, failure: Failure, actions: list[Action], *, parting: bool) -> JobLife:
+    """Start the task again, under the next attempt."""
+    policy = job.restart.get(task.role, Restart())
+    delay = min(LONGEST_BACKOFF, policy.backoff * 2.0 ** (task.replaced - 1)) if task.replaced else 0.0
+    job = _end(job, task, "its worker is lost", actions, parting=parting)
+    if task.state is not TaskState.DEPLOYING:
+        again = f"is started again (attempt {task.attempt + 1})"
+        actions.append(Warn(f"Task {task.id} ({task.role}) {again}: {failure.message}"))
+    return _ask(job, replace(job.tasks[task.id], replaced=task.replaced + 1), actions, delay)
+
+
+def _ask(job: JobLife, task: TaskLife, actions: list[Action], delay: float = 0.0) -> JobLife:
     attempt = task.attempt + 1
-    actions.append(Ask(task.id, attempt))
+    actions.append(Ask(task.id, attempt, delay))
     asked = replace(task, state=TaskState.DEPLOYING, attempt=attempt, connected=False, live=task.live | {attempt})
     return _set(job, asked)
 
@@ -275,7 +339,21 @@ def _fail(job: JobLife, task: TaskLife, failure: Failure, actions: list[Action],
     return job
 
 
+def _pause(job: JobLife, reason: str, actions: list[Action]) -> JobLife:
+    job = _enter(job, JobState.PAUSING, actions)
+    for task in job.tasks.values():
+        job = _end(job, task, reason, actions)
+    return job
+
+
+def _afresh(task: TaskLife) -> TaskLife:
+    """A task that nothing is left of, as if it had never run; but its attempts are counted on."""
+    return replace(task, state=TaskState.READY, connected=False, replaced=0, failure=None)
+
+
 def _halt(job: JobLife, failure: Failure | None, reason: str, actions: list[Action]) -> JobLife:
+    if failure is not None and job.pauses:
+        return _pause(replace(job, failure=failure), reason, actions)
     job = _enter(replace(job, failure=job.failure or failure), JobState.STOPPING, actions)
     for task in job.tasks.values():
         job = _end(job, task, reason, actions)
@@ -331,6 +409,14 @@ def _not_startable(job: JobLife) -> str:
     if job.state.ended:
         return f"Job {job.name!r} has ended ({job.state.value}) and cannot be started again; create a new one."
     return f"Job {job.name!r} is {job.state.value}: it has been started already."
+
+
+def _not_pausable(job: JobLife) -> str:
+    if job.state.ended:
+        return f"Job {job.name!r} has ended ({job.state.value}): there is nothing to pause."
+    if job.state in (JobState.DEPLOYING, JobState.RUNNING):
+        return f"Job {job.name!r} has done its work and is about to end: there is nothing to pause."
+    return f"Job {job.name!r} is {job.state.value}: there is nothing to pause."
 
 
 def _not_stoppable(job: JobLife) -> str:

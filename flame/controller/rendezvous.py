@@ -87,17 +87,22 @@ class Rendezvous:
     async def leave(self, end: str, channel: str | None = None, group: str | None = None) -> None:
         """A worker is no longer there: on one channel, or on any."""
         async with self._lock:
-            leaving = [
-                membership
-                for members in self._members.values()
-                for membership in members.values()
-                if membership.end == end and channel in (None, membership.channel) and group in (None, membership.group)
-            ]
-            for membership in leaving:
-                await self._store.delete(_COLLECTION, membership.id)
-                del self._group(membership.channel, membership.group)[end]
-                event = self._event(membership, left=[end])
-                await asyncio.gather(*(self._tell(other.end, event) for other in self._others(membership)))
+            await self._leave(
+                lambda one: one.end == end and channel in (None, one.channel) and group in (None, one.group)
+            )
+
+    async def depart(self, end: str, attempt: int) -> None:
+        """Nothing is left of a worker, up to this attempt of it; a later one may be there already."""
+        async with self._lock:
+            await self._leave(lambda one: one.end == end and one.member.get("attempt", 0) <= attempt)
+
+    async def _leave(self, leaving: Callable[[Membership], bool]) -> None:
+        there = [one for members in self._members.values() for one in members.values() if leaving(one)]
+        for membership in there:
+            await self._store.delete(_COLLECTION, membership.id)
+            del self._group(membership.channel, membership.group)[membership.end]
+            event = self._event(membership, left=[membership.end])
+            await asyncio.gather(*(self._tell(other.end, event) for other in self._others(membership)))
 
     async def clear(self) -> None:
         """The job has ended: forget all, tell nobody."""

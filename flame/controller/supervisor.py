@@ -41,7 +41,11 @@ from flame.controller.shelf import Saved
 from flame.controller.workers import Crew, Worker
 from flame.errors import Forbidden
 from flame.runners.base import WorkerExit, WorkerInfo
-from flame.spec.records import Failure, Job, JobState, Model, Record, Report
+from flame.spec.records import Failure, Job, JobState, Model, Record, Report, TaskState
+
+
+#: Who has run for so long counts as steady: the losses before are forgotten.
+STEADY_SECONDS = 600.0
 
 
 class Supervisor:
@@ -67,7 +71,10 @@ class Supervisor:
         self._crew = Crew(
             context, job.id, form.model_spec.dependencies, happened=self.handle_surely, placed=self._placed
         )
-        self.admitted = job.record.state not in (JobState.READY, JobState.STARTING)
+        self.admitted = job.record.state not in (JobState.READY, JobState.STARTING, JobState.PAUSED)
+        self.paused = asyncio.Event()
+        if job.record.state is JobState.PAUSED:
+            self.paused.set()
         self.over = asyncio.Event()
 
     # ------------------------------------------------------------------------------------------- what is known
@@ -123,8 +130,14 @@ class Supervisor:
         :raises flame.errors.StoreError: nothing has happened, because it could not be written.
         """
         async with self._lock:
-            after, actions = lifecycle.step(self._life, event)
-            await self._commit(after, actions)
+            life, before = self._life, list[events.Action]()
+            if isinstance(event, events.Failed | events.Terminated | events.Silent | events.Gone):
+                worker = self._crew.get(event.task, event.attempt)
+                now = asyncio.get_running_loop().time()
+                if worker is not None and worker.since is not None and now - worker.since > STEADY_SECONDS:
+                    life, before = lifecycle.step(life, events.Steady(event.task, event.attempt))
+            after, actions = lifecycle.step(life, event)
+            await self._commit(after, before + actions)
 
     async def handle_surely(self, event: events.Event) -> None:
         """Let something happen that nobody will say again: while the store fails, try again."""
@@ -231,6 +244,7 @@ class Supervisor:
         role = self._life.tasks[task].role
         match data:
             case said.StateData(state="running"):
+                self.worker(task, attempt).since = asyncio.get_running_loop().time()
                 await self.handle(events.Running(task, attempt))
             case said.StateData(state="completed"):
                 await self.handle(events.Completed(task, attempt))
@@ -278,16 +292,19 @@ class Supervisor:
         for action in actions:
             self._act(action)
         for task in changed:
-            if task.state.ended and not before.tasks[task.id].state.ended and not after.state.ended:
-                self._context.background.spawn(surely(partial(self._rendezvous.leave, task.id), self.id))
+            was = before.tasks[task.id]
+            over = (task.state.ended and not was.state.ended) or (task.state is TaskState.READY is not was.state)
+            if (over or 0 < was.attempt < task.attempt) and not after.state.ended:
+                upto = task.attempt if over else was.attempt
+                self._context.background.spawn(surely(partial(self._rendezvous.depart, task.id, upto), self.id))
         if after.state.ended and states:
             self._conclude()
 
     def _act(self, action: events.Action) -> None:
         context = self._context
         match action:
-            case events.Ask(task=task, attempt=attempt):
-                self._crew.begin(task, attempt, self._life.tasks[task].role)
+            case events.Ask(task=task, attempt=attempt, delay=delay):
+                self._crew.begin(task, attempt, self._life.tasks[task].role, delay)
             case events.Begin(task=task, attempt=attempt):
                 context.background.spawn(self._tell(task, attempt, "start", {"attempt": attempt}))
             case events.End(task=task, attempt=attempt, reason=reason, parting=parting):
@@ -298,8 +315,21 @@ class Supervisor:
                 self._wind_clock()
             case events.Warn(message=message):
                 log.warning("job %s: %s", self.id, message)
+            case events.Enter(state=JobState.PAUSED):
+                self._rest()
+            case events.Enter(state=JobState.STARTING):
+                self.paused.clear()
             case events.Enter():
                 pass
+
+    def _rest(self) -> None:
+        """The job is paused: its room is others' now, and its time does not count."""
+        self.admitted = False
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+        self.paused.set()
+        self._context.freed()
 
     def _conclude(self) -> None:
         """The job has ended: let go of all that only a running job needs."""

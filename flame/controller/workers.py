@@ -25,6 +25,8 @@ class Worker:
     :ivar begun: the flamelet was told to start the code.
     :ivar acked: the number of the last report that was taken in.
     :ivar reporting: held while reports are taken in, one batch after another.
+    :ivar since: when it was known to run its task's code, by the loop's clock; None: it does not yet.
+    :ivar unwanted: set when it is to end; one that waits to be started is not started then.
     :ivar info: the runner's address of it, once it has been started.
     :ivar started: set when the start has come to an end, well or badly.
     :ivar gone: set when nothing of it is left.
@@ -37,7 +39,9 @@ class Worker:
         self.begun = False
         self.acked = 0
         self.reporting = asyncio.Lock()
+        self.since: float | None = None
         self.info: WorkerInfo | None = None
+        self.unwanted = asyncio.Event()
         self.started = asyncio.Event()
         self.gone = asyncio.Event()
 
@@ -77,16 +81,19 @@ class Crew:
         """Every worker there was since this process of the server began."""
         return list(self._workers.values())
 
-    def begin(self, task: str, attempt: int, role: str) -> None:
-        """Start a worker. If it cannot be started, it is gone, and the cause says why."""
-        worker = self.expect(task, attempt)
-        self._context.background.spawn(self._start(worker, role))
+    def begin(self, task: str, attempt: int, role: str, delay: float = 0.0) -> None:
+        """Start a worker. If it cannot be started, it is gone, and the cause says why.
 
-    def expect(self, task: str, attempt: int) -> Worker:
+        :param delay: seconds to wait before.
+        """
+        worker = self.expect(task, attempt, delay)
+        self._context.background.spawn(self._start(worker, role, delay))
+
+    def expect(self, task: str, attempt: int, delay: float = 0.0) -> Worker:
         """A worker may be there from now on: its calls are answered and its lease counts."""
         worker = self._workers.setdefault((task, attempt), Worker(task, attempt))
         self._context.logs.open(self._job, task, attempt)
-        self._context.leases.begin((self._job, task, attempt), self._context.options.deploy)
+        self._context.leases.begin((self._job, task, attempt), self._context.options.deploy + delay)
         return worker
 
     def adopt(self, info: WorkerInfo, role: str) -> Worker:
@@ -96,6 +103,7 @@ class Crew:
         self._context.leases.begin((self._job, info.task, info.attempt), max(options.lease, options.reunion))
         worker.info = info
         worker.heard = True
+        worker.since = asyncio.get_running_loop().time()
         worker.started.set()
         early = self._early.pop((info.task, info.attempt), None)
         if early is not None:
@@ -109,6 +117,7 @@ class Crew:
         """
         worker = self._workers.get((task, attempt))
         if worker is not None:
+            worker.unwanted.set()
             self._context.background.spawn(self._end(worker, role, parting))
 
     def exited(self, info: WorkerInfo, how: WorkerExit, role: str) -> None:
@@ -119,7 +128,10 @@ class Crew:
         else:
             self._context.background.spawn(self._exit(worker, how, role))
 
-    async def _start(self, worker: Worker, role: str) -> None:
+    async def _start(self, worker: Worker, role: str, delay: float) -> None:
+        if delay and await _within(delay, worker.unwanted):
+            worker.started.set()
+            return  # who asked for its end says that it is gone
         options, keys = self._context.options, self._context.keys
         spec = WorkerSpec(
             task=worker.task,
@@ -196,6 +208,15 @@ class Crew:
     def _failure(self, worker: Worker, role: str, message: str) -> Failure:
         tail = self._context.logs.tail(self._job, worker.task, worker.attempt)
         return Failure(message=message, task=worker.task, role=role, attempt=worker.attempt, log=tail)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    """Wait for an event, at the longest so many seconds; whether it came."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False
 
 
 def _exit_sentence(how: WorkerExit) -> str:

@@ -143,8 +143,9 @@ class Agent:
         """From the first connection to the end of the child; gives what the final report says."""
         mark = self._work_dir / "started"
         if mark.exists():
+            # To the server the worker that ran it is lost: the policy decides whether there is a next attempt.
             return {
-                "state": "failed",
+                "state": "terminated",
                 "message": "Its worker was restarted in the middle; an attempt is never run twice.",
             }
         fetching = asyncio.create_task(

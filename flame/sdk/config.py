@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Meta, field
 
 from flame.errors import SpecError
-from flame.spec.nouns import RoundPolicy, TaskConfig
+from flame.spec.nouns import RestartPolicy, RoundPolicy, TaskConfig
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,7 @@ class _File(Part, kw_only=True):
     dependencies: list[str] | None = None
     max_run_time: float | None = None
     policy: RoundPolicy = field(default_factory=RoundPolicy)
+    restart: RestartPolicy = field(default_factory=lambda: RestartPolicy(attempts=0))
     schema: str = ""
     peers: dict[str, int] = field(default_factory=dict)
     from_user: bool = False
@@ -218,6 +219,7 @@ class Config:
     :ivar dataset: the dataset's URL; empty for a role without one.
     :ivar from_user: a participant brings this worker: it may sit behind a NAT, whatever its dataset.
     :ivar policy: the round policy.
+    :ivar restart: how lost workers are replaced; by hand nobody does.
     """
 
     def __init__(self, source: str | os.PathLike[str] | Mapping[str, Any] | TaskConfig = "config.json") -> None:
@@ -249,6 +251,7 @@ class Config:
         self.dependencies = document.dependencies or []
         self.max_run_time = document.max_run_time
         self.policy = document.policy
+        self.restart = document.restart
         if not self.channels:
             raise SpecError(f"no channel has the role {self.role!r} in its pair", f"{where}: channels")
 

@@ -65,6 +65,10 @@ def check_job(
         form = msgspec.structs.replace(form, schema=checked)
     if code is not None:
         bundle.check_roles(dict(code), [role.name for role in checked.roles], code_name)
+    for role in form.restart.roles:
+        if role not in (names := [one.name for one in checked.roles]):
+            where = places.where("restart", "roles", role)
+            raise SpecError(f"there is no role {role!r}; {suggestion(role, names, 'the roles')}", where)
     _data(form, checked, datasets, places)
     _balance(checked, uses(checked, form.data_spec, places.under("schema")), places.under("schema"))
     return form

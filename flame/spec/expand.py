@@ -112,6 +112,7 @@ def expand(
                 datasampler=form.model_spec.datasampler,
                 privacy=form.model_spec.privacy,
                 policy=form.policy,
+                restart=form.restart,
                 schema=schema.name,
                 peers=_peers(role.name, channels, association, members),
                 from_user=isinstance(source, str),

@@ -164,7 +164,7 @@ class _Loader:
         self._refuse_unknown(data)
         job: dict[str, Any] = {
             key: data[key]
-            for key in ("priority", "maxRunTime", "backend", "brokers", "policy", "registry")
+            for key in ("priority", "maxRunTime", "backend", "brokers", "policy", "registry", "restart", "onFailure")
             if key in data
         }
         design = data.get("designId")
@@ -211,6 +211,7 @@ class _Loader:
     def _refuse_unknown(self, data: dict[str, Any]) -> None:
         fields = ["name", "designId", "schema", "code", "datasets", "dataSpec", "modelSpec", *_BY_PATH.values()]
         fields += [*normal.MODEL_KEYS, "backend", "brokers", "priority", "maxRunTime", "registry", "policy"]
+        fields += ["restart", "onFailure"]
         for key in data:
             if key not in fields:
                 raise SpecError(f"unknown key {key!r}; {suggestion(key, fields, 'the keys of a job')}", self.file.name)

@@ -7,7 +7,7 @@ forms are. Unknown keys are refused, except in ``hyperparameters`` and ``kwargs`
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, field
@@ -191,6 +191,40 @@ class ModelSpec(Form, frozen=True, kw_only=True):
     privacy: Sorted = field(default_factory=lambda: Sorted(sort="default"))
 
 
+class Restart(Form, frozen=True, kw_only=True):
+    """How the workers of a task are replaced that are lost, or whose code is killed by a signal.
+
+    :ivar attempts: how often, one after another; who has run for ten minutes begins to count anew. 0: never.
+    :ivar backoff: seconds before the second replacement (the first one comes at once); doubles with each further one, to a minute.
+    :ivar on_error: replace also those whose code ends with an error of its own, which it will mostly do again.
+    """
+
+    attempts: Annotated[int, Meta(ge=0)] = 3
+    backoff: Annotated[float, Meta(ge=0)] = 1.0
+    on_error: bool = False
+
+
+class RestartPolicy(Restart, frozen=True, kw_only=True):
+    """How lost workers are replaced, by ``roles`` where one differs from the others."""
+
+    roles: dict[str, Restart] = field(default_factory=dict)
+
+    def of(self, role: str) -> Restart:
+        """What holds for a role."""
+        return self.roles.get(role, self)
+
+
+class CheckpointPolicy(Form, frozen=True, kw_only=True):
+    """What is kept of a job's rounds, so that a replaced worker goes on from there.
+
+    :ivar every: after how many rounds; 0: never. What takes long is kept less often, so that it takes at most a tenth of the time.
+    :ivar keep: how many are kept of each worker, the newest; a job can be restarted from any of them.
+    """
+
+    every: Annotated[int, Meta(ge=0)] = 1
+    keep: PositiveInt = 2
+
+
 class RoundPolicy(Form, frozen=True, kw_only=True):
     """What a round needs. Times in seconds.
 
@@ -199,7 +233,8 @@ class RoundPolicy(Form, frozen=True, kw_only=True):
     :ivar round_deadline: the longest a round waits for updates; None waits for everyone who is there.
     :ivar over_selection: factor (>= 1) by which more trainers are selected than are needed.
     :ivar join_deadline: the longest a worker waits for its peers at the start.
-    :ivar deterministic: fold updates in a fixed order, so that two runs are bitwise equal.
+    :ivar deterministic: fold updates in a fixed order, and wait for those that are replaced, so that two runs are bitwise equal.
+    :ivar checkpoint: what is kept of the rounds.
     """
 
     min_trainers: PositiveInt = 1
@@ -208,6 +243,7 @@ class RoundPolicy(Form, frozen=True, kw_only=True):
     over_selection: Annotated[float, Meta(ge=1)] = 1.0
     join_deadline: PositiveFloat = 120.0
     deterministic: bool = False
+    checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
 
 
 class JobForm(Form, frozen=True, kw_only=True):
@@ -216,6 +252,9 @@ class JobForm(Form, frozen=True, kw_only=True):
     Either ``design_id`` names a registered design, or ``schema`` and ``code`` (the SHA-256 of an uploaded
     bundle, see ``PUT /v1/bundles/{sha256}``) are given inline. ``datasets`` registers those that the job brings;
     ``data_spec`` refers to them, or to registered ones, by id.
+
+    :ivar restart: how lost workers are replaced.
+    :ivar on_failure: what becomes of a job that cannot go on: ``fail``, or ``pause``, from where it can be resumed.
     """
 
     name: Name
@@ -231,6 +270,8 @@ class JobForm(Form, frozen=True, kw_only=True):
     model_spec: ModelSpec = field(default_factory=ModelSpec)
     registry: Registry = field(default_factory=Registry)
     policy: RoundPolicy = field(default_factory=RoundPolicy)
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
+    on_failure: Literal["fail", "pause"] = "fail"
 
 
 class JobRef(Form, frozen=True, kw_only=True):
@@ -245,6 +286,7 @@ class TaskConfig(Form, frozen=True, kw_only=True):
 
     :ivar schema: the schema's name.
     :ivar from_user: a participant brings this worker and its data; ``dataset`` is filled in on the participant's machine.
+    :ivar restart: how lost workers are replaced: whether it is worth waiting for one.
     :ivar peers: by channel, how many tasks of the expansion are at the other end in this task's group. A worker waits
         at its start until they are there (at the longest ``policy.join_deadline``); a channel that is missing says nothing.
     """
@@ -268,6 +310,7 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     datasampler: Sorted = field(default_factory=lambda: Sorted(sort="default"))
     privacy: Sorted = field(default_factory=lambda: Sorted(sort="default"))
     policy: RoundPolicy = field(default_factory=RoundPolicy)
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
     schema: str = ""
     peers: dict[str, int] = field(default_factory=dict)
     from_user: bool = False

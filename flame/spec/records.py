@@ -29,6 +29,8 @@ class JobState(str, enum.Enum):
     FAILED = "failed"
     STOPPING = "stopping"
     TERMINATED = "terminated"
+    PAUSING = "pausing"
+    PAUSED = "paused"
 
     @property
     def ended(self) -> bool:

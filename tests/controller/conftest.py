@@ -19,7 +19,7 @@ from flame.errors import RunnerError
 from flame.notifier import Notifier
 from flame.runners.base import Capacity, ExitCallback, Runner, WorkerExit, WorkerInfo, WorkerSpec
 from flame.spec import bundle
-from flame.spec.nouns import Channel, Dataset, DatasetGroups, JobForm, Role, RoundPolicy, Schema
+from flame.spec.nouns import Channel, Dataset, DatasetGroups, JobForm, RestartPolicy, Role, RoundPolicy, Schema
 from flame.spec.records import Event, Job, JobState, Report, Task
 from flame.store import Store, open_store
 
@@ -203,6 +203,7 @@ def schema() -> Schema:
 def form(bundle: str, trainers: int = 2, **fields: Any) -> JobForm:
     if "policy" in fields:
         fields["policy"] = msgspec.convert(fields["policy"], RoundPolicy)
+    fields["restart"] = msgspec.convert(fields.get("restart", {"attempts": 0}), RestartPolicy)
     datasets = [Dataset(id=f"d{i}", name=f"site {i}", url=f"file:///site{i}") for i in range(trainers)]
     groups = {"default": [f"d{i}" for i in range(trainers)]}
     given: dict[str, Any] = {

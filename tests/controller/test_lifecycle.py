@@ -24,9 +24,13 @@ from flame.controller.events import (
     Gone,
     Kill,
     Missing,
+    Pause,
+    Resume,
+    Rewind,
     Running,
     Silent,
     Start,
+    Steady,
     Stop,
     Terminated,
     TimeUp,
@@ -34,13 +38,18 @@ from flame.controller.events import (
 )
 from flame.controller.lifecycle import TRANSITIONS, JobLife, TaskLife, quorums, settle, step
 from flame.errors import Conflict
+from flame.spec.nouns import Restart
 from flame.spec.records import Failure, JobState, TaskState
 
 
-def new(trainers: int = 2, fewest: int | None = None) -> JobLife:
+NEVER = Restart(attempts=0)
+
+
+def new(trainers: int = 2, fewest: int | None = None, restart: Restart = NEVER, *, pauses: bool = False) -> JobLife:
     roles = [("aggregator", False)] + [("trainer", True)] * trainers
     tasks = {f"t{i}": TaskLife(f"t{i}", role) for i, (role, _) in enumerate(roles)}
-    return JobLife("job", JobState.READY, tasks, quorums(roles, fewest))
+    each = {role: restart for role, _ in roles}
+    return JobLife("job", JobState.READY, tasks, quorums(roles, fewest), restart=each, pauses=pauses)
 
 
 def drive(job: JobLife, *events: Event) -> tuple[JobLife, list[Action]]:
@@ -51,8 +60,8 @@ def drive(job: JobLife, *events: Event) -> tuple[JobLife, list[Action]]:
     return job, actions
 
 
-def cause(task: str = "t0") -> Failure:
-    return Failure(message="it broke", task=task)
+def cause(task: str = "t0", signal: str | None = None) -> Failure:
+    return Failure(message="it broke", task=task, signal=signal)
 
 
 def all_of(job: JobLife, kind: type, attempt: int = 1) -> list[Event]:
@@ -127,7 +136,97 @@ def test_a_worker_lost_before_it_ran_the_code_is_replaced_once(lost: type) -> No
     assert job.state is JobState.STOPPING
 
 
-def test_a_worker_lost_while_it_ran_the_code_is_not_replaced() -> None:
+@pytest.mark.parametrize("lost", [Silent, Gone, Terminated, Missing])
+def test_a_worker_lost_while_it_ran_the_code_is_replaced_as_often_as_the_policy_says(lost: type) -> None:
+    job = new(restart=Restart(attempts=3, backoff=2.0))
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running))
+    delays = []
+    for attempt in (1, 2, 3):
+        job, actions = drive(job, lost("t1", attempt, cause("t1")), Running("t1", attempt + 1))
+        (ask,) = (a for a in actions if isinstance(a, Ask))
+        assert (ask.task, ask.attempt) == ("t1", attempt + 1)
+        delays.append(ask.delay)
+        assert any(isinstance(a, Warn) and "it broke" in a.message for a in actions), "the user is told"
+        assert job.state is JobState.RUNNING
+    assert delays == [0.0, 2.0, 4.0], "the first one comes at once"
+    job, _ = drive(job, lost("t1", 4, cause("t1")))
+    assert job.state is JobState.STOPPING
+
+
+def test_who_has_run_for_long_is_replaced_as_if_it_had_never_been_lost() -> None:
+    job = new(restart=Restart(attempts=1, backoff=2.0))
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running))
+    for attempt in range(1, 6):
+        job, actions = drive(job, Steady("t1", attempt), Gone("t1", attempt, cause("t1")), Running("t1", attempt + 1))
+        assert Ask("t1", attempt + 1, 0.0) in actions
+    job, _ = drive(job, Gone("t1", 6, cause("t1")))
+    assert job.state is JobState.STOPPING
+
+
+def test_code_that_is_killed_by_a_signal_runs_again_and_code_that_fails_by_itself_does_not() -> None:
+    job = new(restart=Restart())
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running))
+    killed, actions = drive(job, Failed("t0", 1, cause("t0", "SIGKILL")))
+    assert Ask("t0", 2) in actions
+    assert next(a for a in actions if isinstance(a, End)).parting, "its flamelet is about to leave by itself"
+    assert killed.state is JobState.RUNNING
+    failed, _ = drive(job, Failed("t0", 1, cause("t0")))
+    assert failed.state is JobState.STOPPING
+    stubborn = new(restart=Restart(on_error=True))
+    stubborn, actions = drive(stubborn, Start(), Admit(), *all_of(stubborn, Running), Failed("t0", 1, cause("t0")))
+    assert Ask("t0", 2) in actions
+
+
+def test_a_paused_job_has_no_worker_and_goes_on_under_new_attempts() -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Pause())
+    assert {a.task for a in actions if isinstance(a, End)} == {"t0", "t1", "t2"}
+    assert job.state is JobState.PAUSING
+    job, _ = drive(job, Terminated("t0", 1, cause()), *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.PAUSED
+    assert [t.state for t in job.tasks.values()] == [TaskState.READY, TaskState.COMPLETED, TaskState.READY]
+    with pytest.raises(Conflict, match="nothing to pause"):
+        step(job, Pause())
+    job, actions = drive(job, Resume(), Admit())
+    assert [a for a in actions if isinstance(a, Ask)] == [Ask("t0", 2), Ask("t2", 2)]
+    job, actions = drive(job, Running("t0", 2), Running("t2", 2))
+    assert job.state is JobState.RUNNING
+    assert sum(isinstance(a, Clock) for a in actions) == 1, "the time that it was paused does not count"
+
+
+def test_a_paused_job_can_be_set_back_and_then_all_of_its_tasks_run_again() -> None:
+    job = new()
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Pause())
+    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    job, actions = drive(job, Rewind(), Resume(), Admit())
+    assert {a.task for a in actions if isinstance(a, Ask)} == {"t0", "t1", "t2"}
+
+
+def test_a_job_that_pauses_on_failure_keeps_the_cause_until_it_is_resumed() -> None:
+    job = new(pauses=True)
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Failed("t0", 1, cause()))
+    assert job.state is JobState.PAUSING
+    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.PAUSED
+    assert job.failure is not None
+    resumed, actions = drive(job, Resume(), Admit())
+    assert resumed.failure is None
+    assert Ask("t0", 2) in actions
+    stopped, _ = drive(job, Stop())
+    assert stopped.state is JobState.FAILED
+
+
+def test_a_job_may_be_paused_in_the_queue_and_stopped_while_it_is_paused() -> None:
+    job, actions = drive(new(), Start(), Pause(), Stop())
+    assert [a.state for a in actions if isinstance(a, Enter)][1:] == [
+        JobState.PAUSING,
+        JobState.PAUSED,
+        JobState.STOPPING,
+        JobState.TERMINATED,
+    ]
+
+
+def test_a_worker_lost_while_it_ran_the_code_is_not_replaced_where_nobody_may_be() -> None:
     job = new()
     job, actions = drive(job, Start(), Admit(), Running("t1", 1), Gone("t1", 1, cause("t1")))
     assert job.state is JobState.STOPPING
@@ -216,7 +315,7 @@ def test_ending_a_task_fails_it_and_ends_its_worker_without_delay() -> None:
 
 TASKS = [f"t{i}" for i in range(4)]
 tasks = st.sampled_from(TASKS)
-attempts = st.integers(1, 2)
+attempts = st.integers(1, 3)
 
 
 @st.composite
@@ -229,7 +328,12 @@ def events(draw: st.DrawFn) -> Event:
                 Start(),
                 Admit(),
                 Stop(),
+                Pause(),
+                Resume(),
+                Resume(),
+                Rewind(),
                 TimeUp(1.0),
+                Steady(task, attempt),
                 Kill(task),
                 Connected(task, attempt),
                 Running(task, attempt),
@@ -237,6 +341,7 @@ def events(draw: st.DrawFn) -> Event:
                 Completed(task, attempt),
                 Completed(task, attempt),
                 Failed(task, attempt, failure),
+                Failed(task, attempt, replace(failure, signal="SIGKILL")),
                 Terminated(task, attempt, failure),
                 Silent(task, attempt, failure),
                 Gone(task, attempt, failure),
@@ -253,11 +358,13 @@ def events(draw: st.DrawFn) -> Event:
     st.sampled_from([None, 1, 2]),
     st.integers(0, 2),
     st.booleans(),
+    st.sampled_from([NEVER, Restart(), Restart(attempts=1, on_error=True)]),
+    st.booleans(),
 )
 def test_any_order_of_events_keeps_the_promises(
-    history: list[Event], fewest: int | None, head: int, restarts: bool
+    history: list[Event], fewest: int | None, head: int, restarts: bool, restart: Restart, pauses: bool
 ) -> None:
-    job = new(trainers=3, fewest=fewest)
+    job = new(trainers=3, fewest=fewest, restart=restart, pauses=pauses)
     states = [job.state]
     asked: set[tuple[str, int]] = set()
     gone: set[tuple[str, int]] = set()
@@ -268,7 +375,10 @@ def test_any_order_of_events_keeps_the_promises(
             if (event.task, event.attempt) not in asked:
                 continue  # nothing that was never started can end
             gone.add((event.task, event.attempt))
-        elif not isinstance(event, Start | Admit | Stop | TimeUp | Kill) and (event.task, event.attempt) not in asked:
+        elif (
+            not isinstance(event, Start | Admit | Stop | Pause | Resume | Rewind | TimeUp | Kill)
+            and (event.task, event.attempt) not in asked
+        ):
             continue  # the shell knows no such worker: it holds no key
         before = job
         try:
@@ -300,7 +410,7 @@ def test_any_order_of_events_keeps_the_promises(
             again, _ = settle(replace(job, tasks=forgotten))
             assert again.state is job.state
             assert {t.state for t in again.tasks.values()} == {t.state for t in job.tasks.values()}
-    assert clocks <= 1
+    assert clocks <= 1 + states.count(JobState.PAUSED)
     assert sum(state.ended for state in states) <= 1, "a job ends once"
     assert all(a is not b for a, b in pairwise(states))
 
@@ -316,8 +426,8 @@ def check(
     assert live == asked - gone, "the state knows exactly the workers that may be there"
     for old, new_ in zip(before.tasks.values(), job.tasks.values(), strict=True):
         assert new_.attempt >= old.attempt
-        if old.state.ended:
-            assert new_.state is old.state, "a task ends once"
+        if old.state.ended and JobState.PAUSED not in (before.state, job.state):
+            assert new_.state is old.state, "a task ends once, but for a job that is paused"
         if new_.state is TaskState.FAILED:
             assert new_.failure is not None, "every failure says why"
     if before.state.ended:
@@ -325,7 +435,10 @@ def check(
     if job.state.ended:
         assert not live, "an ended job has no worker left"
         assert all(t.state.ended for t in job.tasks.values())
-    if job.state is JobState.STOPPING:
+    if job.state is JobState.PAUSED:
+        assert not live, "a paused job has no worker"
+        assert {t.state for t in job.tasks.values()} <= {TaskState.READY, TaskState.COMPLETED}
+    if job.state in (JobState.STOPPING, JobState.PAUSING):
         assert live <= ended, "every worker of a stopping job was asked to end"
     for task in job.tasks.values():
         if task.state.ended:
