@@ -43,7 +43,6 @@ from flame.errors import Forbidden
 from flame.runners.base import WorkerExit, WorkerInfo
 from flame.spec.records import Failure, Job, JobState, Model, Record, Report, TaskState
 
-
 #: Who has run for so long counts as steady: the losses before are forgotten.
 STEADY_SECONDS = 600.0
 

@@ -41,7 +41,6 @@ from flame.errors import Conflict
 from flame.spec.nouns import Restart
 from flame.spec.records import Failure, JobState, TaskState
 
-
 NEVER = Restart(attempts=0)
 
 
@@ -217,7 +216,7 @@ def test_a_job_that_pauses_on_failure_keeps_the_cause_until_it_is_resumed() -> N
 
 
 def test_a_job_may_be_paused_in_the_queue_and_stopped_while_it_is_paused() -> None:
-    job, actions = drive(new(), Start(), Pause(), Stop())
+    _, actions = drive(new(), Start(), Pause(), Stop())
     assert [a.state for a in actions if isinstance(a, Enter)][1:] == [
         JobState.PAUSING,
         JobState.PAUSED,
