@@ -7,6 +7,7 @@
   + Conflict              the thing exists already, or its state does not allow the request
   + Unauthorized          who you are is not known (no token, or a wrong one)
   + Forbidden             who you are may not do this; also: a report of an older attempt
+  + TooManyRequests       too many requests were refused; wait a moment
   + ServerError           the server answered with a fault of its own, or something that is no answer
   + ServerUnreachable     nothing answers at the server's address
   + MissingExtra          an optional dependency is not installed; names the extra that brings it
@@ -84,6 +85,19 @@ class Forbidden(FlameError):
     """Who asks is known and may not do this. Also: a report of an older attempt of a task."""
 
     status = 403
+
+
+class TooManyRequests(FlameError):
+    """Too many requests from one address were refused; it has to wait.
+
+    :param retry_after: seconds to wait.
+    """
+
+    status = 429
+
+    def __init__(self, message: str, retry_after: int = 10) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ServerError(FlameError):

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from flame.errors import Conflict, StoreError, UsageError
 
 if TYPE_CHECKING:
+    from flame.apiserver.access import Guard
     from flame.apiserver.app import Api
     from flame.controller.controller import Controller
 
@@ -55,7 +56,8 @@ class ServeSettings:
     :ivar private: live while somebody is attached, and take all jobs along.
     :ivar advertise: the URL at which workers and users reach the server, where it is not the one it listens on.
     :ivar mqtt: ``host:port`` of the broker for jobs that use mqtt and name none.
-    :ivar allow_anyone: listen beyond this machine without a token.
+    :ivar allow_anyone: listen beyond this machine without users, token or TLS.
+    :ivar insecure_plain_http: listen beyond this machine without TLS.
     :ivar verbose: log what only developers want to read.
     """
 
@@ -70,6 +72,7 @@ class ServeSettings:
     advertise: str | None = None
     mqtt: str | None = None
     allow_anyone: bool = False
+    insecure_plain_http: bool = False
     verbose: bool = False
 
 
@@ -80,7 +83,7 @@ def run_server(settings: ServeSettings) -> int:
     :raises flame.errors.FlameError: the server cannot start: the directory is taken, the port is taken, the database fails.
     """
     _log_to_stderr(verbose=settings.verbose)
-    _refuse_openness(settings)
+    _refuse_plain_http(settings)
     data_dir = settings.data_dir.expanduser().absolute()
     with _locked(data_dir):
         return asyncio.run(_serve(settings, data_dir))
@@ -130,6 +133,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
 
     from flame.apiserver.access import Guard
     from flame.apiserver.app import Api
+    from flame.apiserver.audit import Audit
     from flame.controller.context import Options
     from flame.controller.controller import Controller
     from flame.controller.keys import Keys
@@ -162,9 +166,14 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         runner = make_runner("local", {"environment": environment}, instance=identity, data_dir=data_dir)
         controller = Controller(store, notifier, {"local": runner}, keys, options)
         stack.push_async_callback(controller.close)
-        await controller.open()
+        await controller.accounts.open()
         names = frozenset(name for name in (urlsplit(url).hostname, settings.host) if name)
-        api = Api(controller, Guard(settings.token, names), identity)
+        guard = Guard(controller.accounts, settings.token, names)
+        _refuse_openness(settings, guard)
+        await controller.open()
+        audit = Audit(data_dir / "audit.log")
+        stack.callback(audit.close)
+        api = Api(controller, guard, identity, audit)
         web_runner = web.AppRunner(
             api.application(),
             access_log=None,
@@ -192,13 +201,23 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
 # ------------------------------------------------------------------------------------------- small pieces
 
 
-def _refuse_openness(settings: ServeSettings) -> None:
-    """Whoever reaches a server without a token can run code on it."""
-    if settings.token or settings.allow_anyone or _is_loopback(settings.host):
+def _refuse_openness(settings: ServeSettings, guard: Guard) -> None:
+    """Whoever reaches a server that has no users can run code on it."""
+    if not guard.trusting or settings.allow_anyone or _is_loopback(settings.host):
         return
     raise UsageError(
-        f"Anyone who reaches {settings.host} could run code here: give the server a token (--token or FLAME_TOKEN), "
-        "or say --allow-anyone."
+        f"Anyone who reaches {settings.host} could run code here: make users first (`flame user create NAME --role admin`, "
+        "with the server on this machine alone), or give it a token (--token or FLAME_TOKEN), or say --allow-anyone."
+    )
+
+
+def _refuse_plain_http(settings: ServeSettings) -> None:
+    """Without TLS whoever is on the way reads every token and model."""
+    if settings.insecure_plain_http or settings.allow_anyone or _is_loopback(settings.host):
+        return
+    raise UsageError(
+        f"Tokens and models would travel to {settings.host} for anyone on the way to read: give --tls-cert and --tls-key "
+        "(`flame cert` makes them for a trial), or say --insecure-plain-http, such as behind a proxy that does TLS."
     )
 
 

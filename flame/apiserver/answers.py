@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from flame.errors import FlameError
+from flame.errors import FlameError, TooManyRequests
 from flame.spec.records import Event, Record
 
 log = logging.getLogger("flame.apiserver")
@@ -47,7 +47,9 @@ def answer(value: Any, status: int = 200) -> web.Response:
 def refusal(error: FlameError, status: int | None = None) -> web.Response:
     """An error as an answer."""
     body = ErrorAnswer(error=ErrorBody(type=type(error).__name__, message=error.message))
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(error.retry_after)
     return web.Response(
         body=_encode(body), status=status or error.status, content_type="application/json", headers=headers
     )

@@ -1,6 +1,6 @@
 """The application: the table of routes, and the one way that every request takes through it.
 
-In order: who asks, the parameters, the body, the handler, the answer; and whatever is raised on the way becomes an
+In order: who asks, what for, the parameters, the body, the handler, the answer; and whatever is raised on the way becomes an
 answer with the status of its class. What nobody has foreseen is logged with an id, and the caller gets the id alone.
 """
 
@@ -17,21 +17,28 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from flame.apiserver import answers, bundles, datasets, designs, jobs, server, tasks, workers
+from flame.apiserver import answers, bundles, datasets, designs, jobs, people, server, tasks, workers
 from flame.apiserver.access import Guard
+from flame.apiserver.audit import Audit
+from flame.apiserver.permissions import Access, check_role, check_scope
 from flame.apiserver.routes import Call, Route
+from flame.apiserver.scopes import SCOPES
 from flame.apiserver.server import Attachments
 from flame.controller.controller import Controller
-from flame.errors import FlameError, NotFound, ServerError, UsageError
+from flame.errors import FlameError, NotFound, ServerError, Unauthorized, UsageError
+from flame.spec.people import Principal
 from flame.spec.shape import shape
 
 log = logging.getLogger("flame.apiserver")
 
-#: The largest JSON body, in bytes.
-MAX_JSON = 16 << 20
+#: The most bytes that aiohttp itself reads of a body; each route has its own, smaller limit.
+MAX_BODY = 16 << 20
+#: Seconds in which a JSON body must have come.
+PATIENCE = 60.0
 
 ROUTES: tuple[Route, ...] = (
     *server.ROUTES,
+    *people.ROUTES,
     *bundles.ROUTES,
     *designs.ROUTES,
     *datasets.ROUTES,
@@ -49,12 +56,14 @@ class Api:
     :param controller: the jobs.
     :param guard: who may call.
     :param id: the server's id.
+    :param audit: where it is written who did what.
     """
 
-    def __init__(self, controller: Controller, guard: Guard, id: str) -> None:
+    def __init__(self, controller: Controller, guard: Guard, id: str, audit: Audit | None = None) -> None:
         self.controller = controller
         self.guard = guard
         self.id = id
+        self.audit = audit or Audit(None)
         self.attachments = Attachments()
         self.requests: Counter[int] = Counter()
 
@@ -67,7 +76,7 @@ class Api:
 
     def application(self) -> web.Application:
         """The application for aiohttp's runner."""
-        app = web.Application(client_max_size=MAX_JSON, middlewares=[self._unrouted])
+        app = web.Application(client_max_size=MAX_BODY, middlewares=[self._unrouted])
         for route in ROUTES:
             app.router.add_route(route.method, route.path, self._endpoint(route))
         return app
@@ -75,23 +84,31 @@ class Api:
     def _endpoint(self, route: Route) -> Endpoint:
         read = _reader(route)
         ask = _asker(route)
+        permit = self._permitter(route)
 
-        async def serve(request: web.Request) -> web.StreamResponse:
-            self.guard.check(request, route.access)
+        async def serve(request: web.Request, asking: list[Principal]) -> web.StreamResponse:
+            principal = await self.guard.admit(request, route.access)
+            asking.append(principal)
+            await permit(request, principal)
             query = ask(request)
             body = await read(request) if read is not None else None
-            result = await route.handler(Call(self, request, body, query))
+            result = await route.handler(Call(self, request, body, query, principal))
             if isinstance(result, web.StreamResponse):
                 return result
             return answers.answer(result, route.status)
 
         async def endpoint(request: web.Request) -> web.StreamResponse:
+            asking: list[Principal] = []  # who it is, once that is known
+            reason = ""
             try:
                 if route.stream:
-                    response = await serve(request)
+                    response = await serve(request, asking)
                 else:  # begun is done, even if the caller hangs up in the middle
-                    response = await asyncio.shield(_observed(serve(request)))
+                    response = await asyncio.shield(_observed(serve(request, asking)))
             except FlameError as error:
+                if isinstance(error, Unauthorized):
+                    error = self.guard.refused(request, error)
+                reason = error.message
                 response = self._refuse(request, error)
             except ConnectionError as error:
                 response = answers.refusal(UsageError(f"The request broke off: {error}."))
@@ -103,9 +120,33 @@ class Api:
                 fault = ServerError(f"The server made a mistake. Its log says more about fault {number}.")
                 response = answers.refusal(fault, 500)
             self.requests[response.status] += 1
+            who = asking[0] if asking else None
+            self.audit.note(route, who, request, response.status, reason)
             return response
 
         return endpoint
+
+    def _permitter(self, route: Route) -> Callable[[web.Request, Principal], Awaitable[None]]:
+        """What refuses those who may not call a route, or not about this thing."""
+        tag, one = route.tag, route.names_one
+        guarded = route.access not in (Access.OPEN, Access.WORKER)
+        if guarded and one is not None and tag not in SCOPES:
+            raise LookupError(f"{route.method} {route.path}: say in flame/apiserver/scopes.py to whom {tag} belong.")
+        find = SCOPES[tag] if guarded and one is not None else None
+
+        async def permit(request: web.Request, principal: Principal) -> None:
+            if not guarded or principal.admin:
+                return
+            check_role(principal, route.access)
+            if find is not None and one is not None:
+                name = request.match_info[one]
+                what = f"{tag.removesuffix('s')} {name!r}"
+                scope = await find(self.controller, name, principal)
+                if scope is None:
+                    raise NotFound(f"There is no {what}.")
+                check_scope(principal, route.access, scope, what)
+
+        return permit
 
     def _refuse(self, request: web.Request, error: FlameError) -> web.StreamResponse:
         if error.status >= 500:
@@ -129,7 +170,7 @@ class Api:
             elif error.status == 405:
                 refused = UsageError(f"{request.path} takes no {request.method}; /docs shows what it takes.")
             elif error.status == 413:
-                refused = UsageError(f"The body is larger than the {MAX_JSON} bytes that are allowed.")
+                refused = UsageError(f"The body is larger than the {MAX_BODY} bytes that are allowed.")
             else:
                 refused = UsageError(f"The request is refused: {error.reason}.")
             response = answers.refusal(refused, error.status)
@@ -147,7 +188,7 @@ def _reader(route: Route) -> Callable[[web.Request], Awaitable[Any]] | None:
     async def read(request: web.Request) -> Any:
         if request.content_type != "application/json":
             raise UsageError(f"The body must be JSON (Content-Type: application/json), not {request.content_type}.")
-        data = await request.read()
+        data = await _body(request, route.limit)
         try:
             try:
                 return decoder.decode(data)
@@ -157,6 +198,23 @@ def _reader(route: Route) -> Callable[[web.Request], Awaitable[Any]] | None:
             raise UsageError(f"The body cannot be read as JSON: {error}.") from error
 
     return read
+
+
+async def _body(request: web.Request, limit: int) -> bytes:
+    """A body that is no larger than it may be, and does not take forever to come."""
+    if (request.content_length or 0) <= limit:
+        data = bytearray()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                async for piece in request.content.iter_any():
+                    data += piece
+                    if len(data) > limit:
+                        break
+        except TimeoutError:
+            raise UsageError(f"The body did not come within {PATIENCE:g} s.") from None
+        if len(data) <= limit:
+            return bytes(data)
+    raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=request.content_length or limit + 1)
 
 
 def _asker(route: Route) -> Callable[[web.Request], Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
-from flame.apiserver.routes import Call, NoQuery, Route
-from flame.errors import SpecError, UsageError
+from flame.apiserver.routes import Access, Call, NoQuery, Route
+from flame.errors import NotFound, SpecError, UsageError
 from flame.spec.bundle import MAX_PACKED
 
 
@@ -25,7 +25,13 @@ async def put(call: Call[Any, NoQuery]) -> None:
 
 
 async def get(call: Call[None, NoQuery]) -> web.Response:
-    """Give a bundle's bytes."""
+    """Give a bundle's bytes, to whoever sees a design or a job that has it."""
+    if not call.principal.admin:
+        digest, context = call.path("sha256"), call.api.controller.context
+        designs, jobs = await context.designs.all({"code": digest}), await context.jobs.all({"code": digest})
+        having = [*(saved.record for saved in designs), *(saved.record for saved in jobs)]
+        if not any(map(call.sees, having)):
+            raise NotFound(f"There is no code bundle {digest}; upload it first.")
     data = await call.api.controller.catalog.bundle(call.path("sha256"))
     return web.Response(body=data, content_type="application/zip")
 
@@ -36,6 +42,7 @@ ROUTES = [
         path="/v1/bundles/{sha256}",
         handler=put,
         summary="Upload the code of a design's roles: a zip with one folder a role. Its digest is checked.",
+        access=Access.WRITE,
         body=bytes,
         status=204,
         refusals=(422,),
@@ -45,6 +52,7 @@ ROUTES = [
         path="/v1/bundles/{sha256}",
         handler=get,
         summary="Ask whether a bundle is there.",
+        access=Access.READ,
         content="application/zip",
         answer=bytes,
         refusals=(404,),
@@ -54,6 +62,7 @@ ROUTES = [
         path="/v1/bundles/{sha256}",
         handler=get,
         summary="Download a bundle.",
+        access=Access.READ,
         content="application/zip",
         answer=bytes,
         refusals=(404,),

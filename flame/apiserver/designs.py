@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from flame.apiserver.paging import Page, PageQuery, page
-from flame.apiserver.routes import Call, NoQuery, Route
+from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Route
 from flame.errors import NotFound
 from flame.spec.nouns import Form, Name, Schema
 from flame.spec.records import Design, Record
@@ -30,15 +30,17 @@ class DesignQuery(PageQuery, frozen=True, kw_only=True):
     name: str | None = None
 
 
-async def create(call: Call[DesignForm, NoQuery]) -> Design:
+async def create(call: Call[DesignForm, NewQuery]) -> Design:
     """Register a design."""
-    return await call.api.controller.catalog.create_design(call.body.name, call.body.description)
+    return await call.api.controller.catalog.create_design(
+        call.body.name, call.body.description, project=call.project, owner=call.principal.name
+    )
 
 
 async def find(call: Call[None, DesignQuery]) -> Page[Design]:
     """List designs."""
     read = partial(call.api.controller.catalog.designs, call.query.name)
-    return await page(read, call.query, lambda design: design.id)
+    return await page(read, call.query, lambda design: design.id, call.sees)
 
 
 async def get(call: Call[None, NoQuery]) -> Design:
@@ -101,6 +103,8 @@ ROUTES = [
         path="/v1/designs",
         handler=create,
         summary="Register a design; its schema and code follow.",
+        access=Access.WRITE,
+        query=NewQuery,
         body=DesignForm,
         answer=Design,
         status=201,
@@ -111,15 +115,25 @@ ROUTES = [
         path="/v1/designs",
         handler=find,
         summary="List designs.",
+        access=Access.READ,
         query=DesignQuery,
         answer=Page[Design],
     ),
-    Route(method="GET", path=_ONE, handler=get, summary="Read a design.", answer=Design, refusals=(404,)),
+    Route(
+        method="GET",
+        path=_ONE,
+        handler=get,
+        summary="Read a design.",
+        access=Access.READ,
+        answer=Design,
+        refusals=(404,),
+    ),
     Route(
         method="PUT",
         path=_ONE,
         handler=update,
         summary="Change a design's name and description.",
+        access=Access.WRITE,
         body=DesignForm,
         answer=Design,
         refusals=(404, 409),
@@ -129,6 +143,7 @@ ROUTES = [
         path=_ONE,
         handler=delete,
         summary="Remove a design that no unfinished job uses.",
+        access=Access.WRITE,
         status=204,
         refusals=(404, 409),
     ),
@@ -137,6 +152,7 @@ ROUTES = [
         path=f"{_ONE}/schema",
         handler=get_schema,
         summary="Read a design's schema.",
+        access=Access.READ,
         answer=Schema,
         refusals=(404,),
     ),
@@ -145,6 +161,7 @@ ROUTES = [
         path=f"{_ONE}/schema",
         handler=put_schema,
         summary="Give a design its schema, or another one.",
+        access=Access.WRITE,
         body=Schema,
         answer=Schema,
         refusals=(404,),
@@ -154,6 +171,7 @@ ROUTES = [
         path=f"{_ONE}/schema",
         handler=delete_schema,
         summary="Take a design's schema away.",
+        access=Access.WRITE,
         status=204,
         refusals=(404,),
     ),
@@ -162,6 +180,7 @@ ROUTES = [
         path=f"{_ONE}/code",
         handler=get_code,
         summary="Read the digest of a design's code.",
+        access=Access.READ,
         answer=Code,
         refusals=(404,),
     ),
@@ -170,6 +189,7 @@ ROUTES = [
         path=f"{_ONE}/code",
         handler=put_code,
         summary="Give a design its code: the digest of an uploaded bundle.",
+        access=Access.WRITE,
         body=Code,
         answer=Code,
         refusals=(404,),
@@ -179,6 +199,7 @@ ROUTES = [
         path=f"{_ONE}/code",
         handler=delete_code,
         summary="Take a design's code away.",
+        access=Access.WRITE,
         status=204,
         refusals=(404,),
     ),

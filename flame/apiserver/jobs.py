@@ -10,8 +10,9 @@ from aiohttp import web
 
 from flame.apiserver import answers
 from flame.apiserver.paging import Page, PageQuery, page
-from flame.apiserver.routes import Call, NoQuery, Query, Route
+from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Query, Route
 from flame.spec.nouns import JobForm
+from flame.spec.people import UserRole
 from flame.spec.records import Event, Job, JobState, Task
 
 
@@ -28,14 +29,14 @@ class EventsQuery(Query, frozen=True, kw_only=True):
     follow: bool = False
 
 
-async def create(call: Call[JobForm, NoQuery]) -> Job:
+async def create(call: Call[JobForm, NewQuery]) -> Job:
     """Create a job."""
-    return await call.api.controller.create_job(call.body)
+    return await call.api.controller.create_job(call.body, project=call.project, owner=call.principal.name)
 
 
 async def find(call: Call[None, JobQuery]) -> Page[Job]:
     """List jobs."""
-    return await page(partial(call.api.controller.jobs, call.query.state), call.query, lambda job: job.id)
+    return await page(partial(call.api.controller.jobs, call.query.state), call.query, lambda job: job.id, call.sees)
 
 
 async def get(call: Call[None, NoQuery]) -> Job:
@@ -74,8 +75,12 @@ async def resume(call: Call[None, NoQuery]) -> Job:
 
 
 async def tasks(call: Call[None, NoQuery]) -> Page[Task]:
-    """List a job's tasks."""
-    return Page(items=await call.api.controller.tasks(call.path("id")))
+    """List a job's tasks; a participant sees those that use their data."""
+    found = await call.api.controller.tasks(call.path("id"))
+    who = call.principal
+    return Page(
+        items=found if who.role is not UserRole.PARTICIPANT else [one for one in found if one.owner == who.name]
+    )
 
 
 async def events(call: Call[None, EventsQuery]) -> web.StreamResponse:
@@ -100,26 +105,40 @@ ROUTES = [
         path="/v1/jobs",
         handler=create,
         summary="Create a job. Everything is checked before anything is written.",
+        access=Access.WRITE,
+        query=NewQuery,
         body=JobForm,
         answer=Job,
         status=201,
+        limit=16 << 20,
     ),
     Route(
         method="GET",
         path="/v1/jobs",
         handler=find,
         summary="List jobs, oldest first, without their rounds.",
+        access=Access.READ,
         query=JobQuery,
         answer=Page[Job],
     ),
-    Route(method="GET", path=_ONE, handler=get, summary="Read a job, with its rounds.", answer=Job, refusals=(404,)),
+    Route(
+        method="GET",
+        path=_ONE,
+        handler=get,
+        summary="Read a job, with its rounds.",
+        access=Access.READ,
+        answer=Job,
+        refusals=(404,),
+    ),
     Route(
         method="PUT",
         path=_ONE,
         handler=update,
         summary="Change a job that was not started.",
+        access=Access.WRITE,
         body=JobForm,
         answer=Job,
+        limit=16 << 20,
         refusals=(404, 409),
     ),
     Route(
@@ -127,6 +146,7 @@ ROUTES = [
         path=_ONE,
         handler=delete,
         summary="Remove a job that is not under way, with its tasks, logs and artifacts.",
+        access=Access.WRITE,
         status=204,
         refusals=(404, 409),
     ),
@@ -135,6 +155,7 @@ ROUTES = [
         path=f"{_ONE}/start",
         handler=start,
         summary="Start a job: it waits for room, then its workers are started.",
+        access=Access.WRITE,
         answer=Job,
         refusals=(404, 409),
     ),
@@ -143,6 +164,7 @@ ROUTES = [
         path=f"{_ONE}/stop",
         handler=stop,
         summary="Stop a job: its workers are ended, then it is terminated.",
+        access=Access.WRITE,
         answer=Job,
         refusals=(404, 409),
     ),
@@ -167,6 +189,7 @@ ROUTES = [
         path=f"{_ONE}/tasks",
         handler=tasks,
         summary="List a job's tasks in the order of expansion.",
+        access=Access.SHARED,
         answer=Page[Task],
         refusals=(404,),
     ),
@@ -175,6 +198,7 @@ ROUTES = [
         path=f"{_ONE}/events",
         handler=events,
         summary="Follow what happens in a job, one event a line.",
+        access=Access.READ,
         query=EventsQuery,
         answer=Event,
         content="application/x-ndjson",
@@ -186,6 +210,7 @@ ROUTES = [
         path=f"{_ONE}/artifacts/{{name}}",
         handler=artifact,
         summary="Download what a task has handed in, such as the model.",
+        access=Access.READ,
         answer=bytes,
         content="application/octet-stream",
         stream=True,

@@ -11,7 +11,7 @@ import msgspec
 
 import flame
 from flame.apiserver.answers import ErrorAnswer
-from flame.apiserver.routes import Access, NoQuery, Route
+from flame.apiserver.routes import Access, NewQuery, NoQuery, Route
 
 _TEXTS = {
     400: "The request is malformed.",
@@ -21,6 +21,7 @@ _TEXTS = {
     409: "The state does not allow it.",
     413: "The body is too large.",
     422: "Something in the body cannot be.",
+    429: "Too many wrong tokens came from this address; Retry-After says for how long to wait.",
     500: "The server has failed.",
 }
 
@@ -50,7 +51,7 @@ def describe(routes: Iterable[Route]) -> dict[str, Any]:
         "components": {
             "schemas": components,
             "securitySchemes": {
-                "user": {"type": "http", "scheme": "bearer", "description": "The server's token, where it has one."},
+                "user": {"type": "http", "scheme": "bearer", "description": "A user's token, where there are users."},
                 "worker": {"type": "http", "scheme": "bearer", "description": "The key of one attempt of one task."},
             },
         },
@@ -65,12 +66,13 @@ def _operation(route: Route, shown: dict[str, Any], components: dict[str, Any]) 
         "parameters": _parameters(route, components),
         "responses": _responses(route, shown),
     }
-    if route.access is Access.USER:
-        operation["security"] = [{"user": []}, {}]
-    elif route.access is Access.WORKER:
+    if route.access is Access.WORKER:
         operation["security"] = [{"worker": []}]
-    else:
+    elif route.access is Access.OPEN:
         operation["security"] = []
+    else:
+        operation["security"] = [{"user": []}, {}]
+        operation["description"] = f"For {route.access.value}."
     if route.body is bytes:
         content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
         operation["requestBody"] = {"required": True, "content": content}
@@ -104,7 +106,9 @@ def _responses(route: Route, shown: dict[str, Any]) -> dict[str, Any]:
         success["content"] = {route.content: {"schema": kind}}
     statuses = {400, 403, 500, *route.refusals}
     if route.access is not Access.OPEN:
-        statuses.add(401)
+        statuses |= {401, 429}
+    if route.query is NewQuery:
+        statuses.add(422)
     if route.body is not None:
         statuses |= {422} if route.body is bytes else {413, 422}
     responses = {str(route.status): success}

@@ -30,9 +30,23 @@ class Page(Record, Generic[T], kw_only=True):
 
 
 async def page(
-    read: Callable[[str | None, int], Awaitable[Sequence[T]]], query: PageQuery, id_of: Callable[[T], str]
+    read: Callable[[str | None, int], Awaitable[Sequence[T]]],
+    query: PageQuery,
+    id_of: Callable[[T], str],
+    shown: Callable[[T], bool] = lambda _: True,
 ) -> Page[T]:
-    """Read one item more than is wanted: whether it is there says whether there is a next page."""
-    found = list(await read(query.after, query.limit + 1))
+    """Read one item more than is wanted: whether it is there says whether there is a next page.
+
+    :param shown: which items who asks may see (:meth:`flame.apiserver.routes.Call.sees`).
+    """
+    found: list[T] = []
+    after = query.after
+    while len(found) <= query.limit:
+        more = await read(after, query.limit + 1)
+        found += filter(shown, more)
+        if len(more) <= query.limit:
+            break
+        after = id_of(more[-1])
+    found = found[: query.limit + 1]
     items = found[: query.limit]
     return Page(items=items, next=id_of(items[-1]) if len(found) > len(items) else None)

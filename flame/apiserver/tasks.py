@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from flame.apiserver import answers
-from flame.apiserver.routes import Call, NoQuery, Query, Route
+from flame.apiserver.routes import Access, Call, NoQuery, Query, Route
 from flame.spec.records import Task
 
 
@@ -40,12 +40,15 @@ async def log(call: Call[None, LogQuery]) -> web.StreamResponse:
 _ONE = "/v1/tasks/{id}"
 
 ROUTES = [
-    Route(method="GET", path=_ONE, handler=get, summary="Read a task.", answer=Task, refusals=(404,)),
+    Route(
+        method="GET", path=_ONE, handler=get, summary="Read a task.", access=Access.SHARED, answer=Task, refusals=(404,)
+    ),
     Route(
         method="DELETE",
         path=_ONE,
         handler=delete,
         summary="End a running task's worker; its job sees it fail.",
+        access=Access.WRITE,
         status=204,
         refusals=(404, 409),
     ),
@@ -54,6 +57,7 @@ ROUTES = [
         path=f"{_ONE}/log",
         handler=log,
         summary="Read what a task has printed; the header Flame-Attempt says in which attempt.",
+        access=Access.SHARED,
         query=LogQuery,
         answer=bytes,
         content="text/plain",

@@ -168,6 +168,7 @@ ROUTES = [
         query=AttemptQuery,
         body=list[Report],
         answer=Acked,
+        limit=16 << 20,
     ),
     Route(
         method="POST",

@@ -47,7 +47,16 @@ from flame.cli.app import CONTEXT, examples
 )
 @click.option("--mqtt", metavar="HOST:PORT", help="The broker for jobs that use mqtt and name none.")
 @click.option(
-    "--allow-anyone", is_flag=True, help="Listen beyond this machine without a token. Whoever comes can run code here."
+    "--allow-anyone",
+    is_flag=True,
+    envvar="FLAME_ALLOW_ANYONE",
+    help="Listen beyond this machine without users, token or TLS. Whoever comes can run code here.",
+)
+@click.option(
+    "--insecure-plain-http",
+    is_flag=True,
+    envvar="FLAME_INSECURE_PLAIN_HTTP",
+    help="Listen beyond this machine without TLS: for a network that is trusted, or behind a proxy that does TLS.",
 )
 @click.option("--private", is_flag=True, help="Print the address as JSON, and end when nobody is attached any more.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what only developers want to read.")
@@ -63,6 +72,7 @@ def serve(
     advertise: str | None,
     mqtt: str | None,
     allow_anyone: bool,
+    insecure_plain_http: bool,
     private: bool,
     verbose: bool,
 ) -> int:
@@ -83,6 +93,7 @@ def serve(
             advertise=advertise,
             mqtt=mqtt,
             allow_anyone=allow_anyone,
+            insecure_plain_http=insecure_plain_http,
             verbose=verbose,
         )
     )

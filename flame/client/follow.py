@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from flame.client.http import Query, Session
-from flame.errors import FlameError, ServerError
+from flame.errors import FlameError, ServerError, TooManyRequests
 from flame.spec.records import Event
 
 T = TypeVar("T")
@@ -26,8 +26,8 @@ _decode = msgspec.json.Decoder(Event).decode
 
 
 def transient(error: FlameError) -> bool:
-    """True if the same request may well succeed later: the fault is the server's, or it is away."""
-    return error.status >= 500
+    """True if the same request may well succeed later: the fault is the server's, it is away, or asks for patience."""
+    return error.status >= 500 or isinstance(error, TooManyRequests)
 
 
 class Backoff:

@@ -41,6 +41,7 @@ _ERRORS = {
         errors.Conflict,
         errors.Unauthorized,
         errors.Forbidden,
+        errors.TooManyRequests,
         errors.ServerError,
         errors.StoreError,
         errors.RunnerError,

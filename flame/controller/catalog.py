@@ -20,6 +20,7 @@ from flame.errors import Conflict, NotFound, SpecError
 from flame.spec import bundle
 from flame.spec.check import check_dataset, check_schema
 from flame.spec.nouns import Dataset, JobForm, Schema
+from flame.spec.people import DEFAULT_PROJECT
 from flame.spec.records import DatasetRecord, Design, Job, JobState
 
 _UNFINISHED = [state for state in JobState if not state.ended]
@@ -39,24 +40,33 @@ class Catalog:
 
     # ----------------------------------------------------------------------------------------------- designs
 
-    async def create_design(self, name: str, description: str = "") -> Design:
+    async def create_design(
+        self, name: str, description: str = "", *, project: str = DEFAULT_PROJECT, owner: str = ""
+    ) -> Design:
         """Register a design, without schema and code so far.
 
-        :raises flame.errors.Conflict: there is one of that name.
+        :raises flame.errors.Conflict: there is one of that name in the project.
         """
         async with self._names:
-            if await self.designs(name, limit=1):
+            if await self._named(name, project):
                 raise Conflict(f"There is a design named {name!r} already.")
-            return await self._add_design(Design(id=secrets.token_hex(12), name=name, description=description))
+            design = Design(id=secrets.token_hex(12), name=name, description=description, project=project, owner=owner)
+            return await self._add_design(design)
 
     async def designs(self, name: str | None = None, after: str | None = None, limit: int = 100) -> list[Design]:
         """The designs in order of their ids; with ``name`` only the one that is called so."""
         where = {"name": name} if name is not None else None
         return [saved.record for saved in await self._context.designs.find(where, after=after, limit=limit)]
 
-    async def design(self, id: str) -> Design:
-        """A design."""
-        return (await self._design(id)).record
+    async def design(self, id: str, project: str | None = None) -> Design:
+        """A design.
+
+        :param project: it must be of this project.
+        """
+        design = (await self._design(id)).record
+        if project not in (None, design.project):
+            raise NotFound(f"There is no design {id!r}.")
+        return design
 
     async def update_design(self, id: str, name: str, description: str) -> Design:
         """Change a design's name and description.
@@ -64,9 +74,10 @@ class Catalog:
         :raises flame.errors.Conflict: another one has the name.
         """
         async with self._names:
-            if any(other.id != id for other in await self.designs(name, limit=1)):
+            saved = await self._design(id)
+            if any(other.id != id for other in await self._named(name, saved.record.project)):
                 raise Conflict(f"There is a design named {name!r} already.")
-            return await self._change_design(await self._design(id), name=name, description=description)
+            return await self._change_design(saved, name=name, description=description)
 
     async def set_schema(self, id: str, schema: Schema | None) -> Design:
         """Give a design its schema, or take it away."""
@@ -97,7 +108,7 @@ class Catalog:
         await self._context.designs.delete(id)
         await self.release(saved.record.code)
 
-    async def design_for(self, form: JobForm, schema: Schema, code: str) -> Design:
+    async def design_for(self, form: JobForm, schema: Schema, code: str, project: str, owner: str) -> Design:
         """The design of a job that brings its own schema and code: one named after the job, found or made.
 
         One that earlier jobs of that name have made is brought up to date. One that somebody has registered under that
@@ -107,10 +118,16 @@ class Catalog:
         async with self._names:
             for attempt in range(100):
                 name = form.name if not attempt else f"{form.name} ({attempt + 1})"
-                found = await self._context.designs.find({"name": name}, limit=1)
+                found = await self._named(name, project)
                 if not found:
                     design = Design(
-                        id=secrets.token_hex(12), name=name, description=description, schema=schema, code=code
+                        id=secrets.token_hex(12),
+                        name=name,
+                        description=description,
+                        schema=schema,
+                        code=code,
+                        project=project,
+                        owner=owner,
                     )
                     return await self._add_design(design)
                 saved = found[0]
@@ -125,6 +142,10 @@ class Catalog:
         if saved is None:
             raise NotFound(f"There is no design {id!r}.")
         return saved
+
+    async def _named(self, name: str, project: str) -> list[Saved[Design]]:
+        """The design of a name in a project: none or one. Designs of before there were projects say none in the store."""
+        return [saved for saved in await self._context.designs.all({"name": name}) if saved.record.project == project]
 
     async def _add_design(self, design: Design) -> Design:
         design.created_at = design.updated_at = time.time()
@@ -176,19 +197,21 @@ class Catalog:
 
     # ---------------------------------------------------------------------------------------------- datasets
 
-    async def create_dataset(self, dataset: Dataset) -> DatasetRecord:
+    async def create_dataset(
+        self, dataset: Dataset, *, project: str = DEFAULT_PROJECT, owner: str = ""
+    ) -> DatasetRecord:
         """Register a dataset. The same one registered again is the same; it keeps its id.
 
         :raises flame.errors.Conflict: it names an id that another dataset has.
         """
         check_dataset(dataset)
         if dataset.id is None:
-            return await self._register(dataset)
+            return await self._register(dataset, project, owner)
         saved = await self._context.datasets.get(dataset.id)
         if saved is None:
-            return await self._add_dataset(dataset.id, dataset)
-        if _content(saved.record.dataset) != _content(dataset):
-            raise Conflict(f"The id {dataset.id!r} belongs to another dataset, {saved.record.dataset.name!r}.")
+            return await self._add_dataset(dataset.id, dataset, project, owner)
+        if not _same(saved.record, dataset, project, owner):
+            raise Conflict(f"The id {dataset.id!r} belongs to another dataset.")
         return saved.record
 
     async def datasets(self, after: str | None = None, limit: int = 100) -> list[DatasetRecord]:
@@ -219,40 +242,46 @@ class Catalog:
             raise Conflict(f"Dataset {name!r} ({id}) is used by {_jobs(using)}; stop or delete them first.")
         await self._context.datasets.delete(id)
 
-    async def registered(self, form: JobForm) -> dict[str, Dataset]:
-        """Those of the registered datasets that a job names, by id."""
+    async def registered(self, form: JobForm, project: str) -> dict[str, DatasetRecord]:
+        """Those of the registered datasets that a job names and its project may use, by id."""
         brought = {dataset.id for dataset in form.datasets}
-        found: dict[str, Dataset] = {}
+        found: dict[str, DatasetRecord] = {}
         for named in named_datasets(form) - brought:
             saved = await self._context.datasets.get(named)
-            if saved is not None:
-                found[named] = saved.record.dataset
+            if saved is not None and (saved.record.project == project or saved.record.dataset.is_public):
+                found[named] = saved.record
         return found
 
-    async def register_all(self, datasets: Iterable[Dataset]) -> Mapping[str, str]:
-        """Register what a job brings: from the ids that its files use to those that the server gives."""
-        given: dict[str, str] = {}
+    async def register_all(self, datasets: Iterable[Dataset], project: str, owner: str) -> Mapping[str, DatasetRecord]:
+        """Register what a job brings: from the ids that its files use to what is registered."""
+        given: dict[str, DatasetRecord] = {}
         for dataset in datasets:
             if dataset.id is not None:
-                given[dataset.id] = (await self._register(dataset)).id
+                given[dataset.id] = await self._register(dataset, project, owner)
         return given
 
-    async def _register(self, dataset: Dataset) -> DatasetRecord:
+    async def _register(self, dataset: Dataset, project: str, owner: str) -> DatasetRecord:
         """Found by content, or made, under an id that is made of the content."""
         for attempt in range(100):
             derived = hashlib.sha256(f"dataset {attempt} ".encode() + _content(dataset)).hexdigest()[:24]
             saved = await self._context.datasets.get(derived)
             if saved is None:
                 try:
-                    return await self._add_dataset(derived, dataset)
+                    return await self._add_dataset(derived, dataset, project, owner)
                 except Conflict:  # another request has just registered the same
                     saved = await self._context.datasets.get(derived)
-            if saved is not None and _content(saved.record.dataset) == _content(dataset):
+            if saved is not None and _same(saved.record, dataset, project, owner):
                 return saved.record
         raise Conflict(f"Dataset {dataset.name!r} cannot be registered: too many like it have been changed since.")
 
-    async def _add_dataset(self, id: str, dataset: Dataset) -> DatasetRecord:
-        record = DatasetRecord(id=id, dataset=msgspec.structs.replace(dataset, id=id), created_at=time.time())
+    async def _add_dataset(self, id: str, dataset: Dataset, project: str, owner: str) -> DatasetRecord:
+        record = DatasetRecord(
+            id=id,
+            dataset=msgspec.structs.replace(dataset, id=id),
+            created_at=time.time(),
+            project=project,
+            owner=owner,
+        )
         await self._context.datasets.insert(id, record)
         return record
 
@@ -273,6 +302,13 @@ def named_datasets(form: JobForm) -> set[str]:
 
 def _content(dataset: Dataset) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(dataset, id=None), order="deterministic")
+
+
+def _same(record: DatasetRecord, dataset: Dataset, project: str, owner: str) -> bool:
+    """Whether this very dataset was registered, in the project and by the same one: else it would change hands."""
+    if _content(record.dataset) != _content(dataset):
+        return False
+    return (record.project, record.owner or owner) == (project, owner)
 
 
 def _jobs(jobs: list[Job]) -> str:

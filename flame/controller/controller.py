@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from flame.controller.accounts import Accounts
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
 from flame.controller.context import Context, Options, public
@@ -29,6 +30,7 @@ from flame.errors import Conflict, Forbidden, NotFound, Unauthorized
 from flame.notifier import Notifier
 from flame.runners.base import Runner, WorkerExit, WorkerInfo
 from flame.spec.nouns import JobForm, Registry, TaskConfig
+from flame.spec.people import DEFAULT_PROJECT
 from flame.spec.records import Event, Job, JobState, Manifest, Round, Task
 from flame.store import Store
 
@@ -52,6 +54,7 @@ class Controller:
         self.context = Context(
             store, notifier, runners, keys, options, lost=self._lease_lost, freed=self._something_freed
         )
+        self.accounts = Accounts(store)
         self.catalog = Catalog(self.context)
         self._submission = Submission(self.context, self.catalog)
         self._active: dict[str, Supervisor] = {}
@@ -79,12 +82,14 @@ class Controller:
 
     # -------------------------------------------------------------------------------------------------- jobs
 
-    async def create_job(self, form: JobForm) -> Job:
+    async def create_job(self, form: JobForm, *, project: str = DEFAULT_PROJECT, owner: str = "") -> Job:
         """Check a job and keep it, ``ready`` to be started.
 
+        :param project: whose it is; it may use what this project has.
+        :param owner: who has made it.
         :raises flame.errors.SpecError: something in it cannot be; nothing was written.
         """
-        return (await self._submission.create(form)).record
+        return (await self._submission.create(form, project, owner)).record
 
     async def update_job(self, id: str, form: JobForm) -> Job:
         """Write a job anew that was not started.
@@ -105,6 +110,24 @@ class Controller:
         where = {"state": state.value} if state is not None else None
         found = await self.context.jobs.find(where, after=after, limit=limit)
         return [saved.record for saved in found]
+
+    async def head(self, id: str) -> Job | None:
+        """A job without its rounds, or None."""
+        supervisor = self._active.get(id)
+        if supervisor is not None:
+            return supervisor.job
+        saved = await self.context.jobs.get(id)
+        return saved.record if saved is not None else None
+
+    async def things_of(self, project: str) -> str:
+        """What is in a project, in words; empty when nothing is."""
+        context, within = self.context, {"project": project}
+        counts = {
+            "jobs": len(await context.jobs.all(within)),
+            "designs": len(await context.designs.all(within)),
+            "datasets": len(await context.datasets.all(within)),
+        }
+        return ", ".join(f"{count} {noun}" for noun, count in counts.items() if count)
 
     async def job(self, id: str) -> Job:
         """A job, with its rounds."""

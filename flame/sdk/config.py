@@ -184,6 +184,7 @@ class _File(Part, kw_only=True):
     channels: list[Channel]
     group_association: dict[str, str] = field(default_factory=dict)
     dataset: str | None = ""
+    dataset_id: str = ""
     hyperparameters: dict[str, Any] | None = None
     base_model: BaseModel | None = None
     optimizer: Sorted | None = None

@@ -119,7 +119,8 @@ def expand(
             )
             content = msgspec.json.encode(config, order="deterministic")
             twin = twins[content] = twins.get(content, -1) + 1
-            tasks.append(msgspec.structs.replace(config, taskid=_task_id(job_id, content, twin)))
+            dataset_id = (dataset.id or "") if dataset else ""
+            tasks.append(msgspec.structs.replace(config, taskid=_task_id(job_id, content, twin), dataset_id=dataset_id))
     return tasks
 
 

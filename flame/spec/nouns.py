@@ -289,6 +289,7 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     :ivar restart: how lost workers are replaced: whether it is worth waiting for one.
     :ivar peers: by channel, how many tasks of the expansion are at the other end in this task's group. A worker waits
         at its start until they are there (at the longest ``policy.join_deadline``); a channel that is missing says nothing.
+    :ivar dataset_id: the id of the dataset; empty for a role without one.
     """
 
     taskid: str
@@ -314,3 +315,4 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     schema: str = ""
     peers: dict[str, int] = field(default_factory=dict)
     from_user: bool = False
+    dataset_id: str = ""

@@ -105,14 +105,18 @@ class Design(Record, kw_only=True):
     code: str | None = None
     created_at: float = 0.0
     updated_at: float = 0.0
+    project: str = "default"
+    owner: str = ""
 
 
 class DatasetRecord(Record, kw_only=True):
-    """A registered dataset."""
+    """A registered dataset. ``owner``: who has registered it, and alone may change it, but for admins."""
 
     id: str
     dataset: Dataset
     created_at: float = 0.0
+    project: str = "default"
+    owner: str = ""
 
 
 class ComputeRecord(Record, kw_only=True):
@@ -157,12 +161,15 @@ class Job(Record, kw_only=True):
     model: Model | None = None
     models: list[Model] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    project: str = "default"
+    owner: str = ""
 
 
 class Task(Record, kw_only=True):
     """A task as the server knows it. ``attempt`` counts starts from 1; 0 means never started.
 
-    ``reason`` says in one sentence what it waits for, where it waits.
+    ``reason`` says in one sentence what it waits for, where it waits. ``dataset_id``: the dataset that it consumes;
+    ``owner``: the participant whose data or machine it works on, who may see it for that.
     """
 
     id: str
@@ -178,6 +185,8 @@ class Task(Record, kw_only=True):
     failure: Failure | None = None
     started_at: float | None = None
     ended_at: float | None = None
+    dataset_id: str = ""
+    owner: str = ""
 
 
 class Event(Record, kw_only=True):
