@@ -68,6 +68,7 @@ class Capacity(NamedTuple):
 
 
 ExitCallback = Callable[[WorkerInfo, WorkerExit], None]
+NewsCallback = Callable[[WorkerInfo, str | None], None]
 
 
 class Runner(abc.ABC):
@@ -80,6 +81,10 @@ class Runner(abc.ABC):
     kind: ClassVar[str]
     #: The typed configuration of this kind; validated when a compute is registered.
     Config: ClassVar[type[msgspec.Struct]]
+    #: Set before :meth:`open`: told, in the event loop and as it happens, what a started worker waits for before it runs (room on a
+    #: node, its image), or why the compute itself is about to end it; None once it runs. A runner that knows
+    #: neither says nothing. While a worker waits, the runner's own patience counts, not the server's.
+    on_news: NewsCallback | None = None
 
     def __init__(self, config: msgspec.Struct, *, instance: str, data_dir: Path) -> None:
         """Nothing is started or connected before :meth:`open`.

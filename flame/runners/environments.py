@@ -161,3 +161,25 @@ def _satisfied(requirement: Requirement) -> bool:
             if not _satisfied(needed):
                 return False
     return True
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Install in a container, before its worker starts: ``python -m flame.runners.environments FOLDER REQUIREMENT...``.
+
+    The path of the interpreter that has it all is written to ``FOLDER/python``.
+
+    :returns: the exit status.
+    """
+    root = Path(arguments[0])
+    try:
+        python = asyncio.run(Environments(root).python(arguments[1:]))
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "python").write_text(python)
+    except (RunnerError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
