@@ -285,8 +285,9 @@ async def _authenticate(config: KubernetesConfig, configuration: Configuration) 
             credentials.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
             return (_ACCOUNT / "namespace").read_text().strip()
         path = os.path.expanduser(path or "~/.kube/config")
+        namespace = _namespace(yaml.safe_load(Path(path).read_text()), config.context)
         await credentials.load_kube_config(path, config.context, configuration, persist_config=False)
-        return _namespace(yaml.safe_load(Path(path).read_text()), config.context)
+        return namespace
     except (credentials.ConfigException, OSError, yaml.YAMLError, AttributeError, TypeError, LookupError) as error:
         # Not the error's own words where they may quote what is secret.
         why = type(error).__name__ if config.credentials is not None else str(error)

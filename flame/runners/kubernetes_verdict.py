@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from flame.runners.base import WorkerExit
 from flame.runners.kubernetes_pod import CONTAINER, INSTALLER
+from flame.spec.quantities import show_bytes
 
 _HOPELESS = frozenset({"ErrImageNeverPull", "InvalidImageName"})
 _PULLING = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"})
@@ -129,7 +130,8 @@ def _out_of_memory(pod: Mapping[str, Any]) -> str:
     for container in pod.get("spec", {}).get("containers", ()):
         limit = container.get("resources", {}).get("limits", {}).get("memory")
         if container["name"] == CONTAINER and limit:
-            return f"Its worker ran out of memory (OOMKilled): its pod may use {limit}{' bytes' * limit.isdigit()}."
+            limit = show_bytes(int(limit)) if limit.isdigit() else limit
+            return f"Its worker ran out of memory (OOMKilled): its pod may use {limit}."
     return "Its worker ran out of memory (OOMKilled)."
 
 
