@@ -30,6 +30,7 @@ from flame.errors import Conflict, StoreError, UsageError
 if TYPE_CHECKING:
     from flame.apiserver.access import Guard
     from flame.apiserver.app import Api
+    from flame.artifacts import Artifacts
     from flame.controller.controller import Controller
 
 log = logging.getLogger("flame.serve")
@@ -50,6 +51,7 @@ class ServeSettings:
     :ivar port: the port to listen on; 0 takes any that is free.
     :ivar data_dir: the data directory.
     :ivar db: where the state is; None: ``flame.db`` in the data directory.
+    :ivar artifacts: the URL of the bucket or folder where models, checkpoints, code and past logs are kept; None: the data directory.
     :ivar token: what users must show.
     :ivar slots: how many workers may be there at once; None: eight a core.
     :ivar lease: seconds of silence after which a worker counts as lost.
@@ -65,6 +67,7 @@ class ServeSettings:
     port: int = 10100
     data_dir: Path = field(default_factory=lambda: Path("~/.flame/data").expanduser())
     db: str | None = None
+    artifacts: str | None = None
     token: str | None = None
     slots: int | None = None
     lease: float = 20.0
@@ -134,6 +137,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     from flame.apiserver.access import Guard
     from flame.apiserver.app import Api
     from flame.apiserver.audit import Audit
+    from flame.artifacts import open_artifacts
     from flame.controller.context import Options
     from flame.controller.controller import Controller
     from flame.controller.keys import Keys
@@ -147,6 +151,9 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     store = open_store(settings.db or DEFAULT_URL, data_dir)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
+        artifacts = open_artifacts(settings.artifacts, data_dir)
+        stack.push_async_callback(artifacts.close)
+        await artifacts.check()
         notifier = Notifier(store)
         # The port is taken before workers are adopted, so that they find it when the first of them comes back.
         listener = _listen_again(settings, data_dir)
@@ -158,13 +165,13 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             server=settings.advertise or _url(_reachable(settings.host), port),
             slots=settings.slots,
             lease=settings.lease,
-            registry=_registry(data_dir),
+            registry=_registry(data_dir, artifacts),
             brokers=(Broker(sort="mqtt", host=settings.mqtt),) if settings.mqtt else (),
         )
         # Nobody starts a private server again that was killed, so its workers do not wait for it for long.
         environment = {"FLAME_ORPHAN_AFTER": f"{ORPHAN_PATIENCE:g}"} if settings.private else {}
         runner = make_runner("local", {"environment": environment}, instance=identity, data_dir=data_dir)
-        controller = Controller(store, notifier, {"local": runner}, keys, options)
+        controller = Controller(store, notifier, {"local": runner}, keys, options, artifacts=artifacts)
         stack.push_async_callback(controller.close)
         await controller.accounts.open()
         names = frozenset(name for name in (urlsplit(url).hostname, settings.host) if name)
@@ -279,12 +286,13 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _registry(data_dir: Path) -> Any:
+def _registry(data_dir: Path, artifacts: Artifacts) -> Any:
     """Where metrics and models go when a job does not say: MLflow where it is installed, else files."""
     from flame.spec.nouns import Registry
 
     if importlib.util.find_spec("mlflow") is not None:
-        return Registry(sort="mlflow", uri=f"sqlite:///{data_dir / 'mlflow.db'}")
+        place = f"{artifacts.url}/mlflow" if artifacts.apart else ""
+        return Registry(sort="mlflow", uri=f"sqlite:///{data_dir / 'mlflow.db'}", artifacts=place)
     return Registry(sort="local", uri=str(data_dir / "registry"))
 
 

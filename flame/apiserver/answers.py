@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
+from flame.artifacts import Artifact, Artifacts
 from flame.errors import FlameError, TooManyRequests
 from flame.spec.records import Event, Record
 
@@ -70,6 +71,36 @@ async def text(
     """Text as it comes."""
     headers = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff", **headers}
     return await _stream(request, pieces, bytes, alive=b"", headers=headers)
+
+
+async def artifact(request: web.Request, place: Artifacts, found: Artifact) -> web.StreamResponse:
+    """An artifact, or the range of it that is asked for. A file is sent by the kernel, an object of a bucket is passed through."""
+    headers = {"Content-Type": "application/octet-stream"}
+    if path := place.path(found.name):
+        return web.FileResponse(path, headers=headers)
+    try:
+        asked = request.http_range
+    except ValueError:
+        asked = slice(0, None, 1)  # a range that is malformed is none
+    start, end, _ = asked.indices(found.size)
+    partial = asked.start is not None or asked.stop is not None
+    if partial and start >= end:
+        return web.Response(status=416, headers={"Content-Range": f"bytes */{found.size}"})
+    if partial:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{found.size}"
+    response = web.StreamResponse(status=206 if partial else 200, headers={"Accept-Ranges": "bytes", **headers})
+    response.content_length = end - start
+    if request.method == "HEAD":
+        await response.prepare(request)
+        return response
+    pieces = aiter(place.read(found.name, start, end))
+    piece = await anext(pieces, b"")  # what goes wrong so far is still answered in words
+    await response.prepare(request)
+    while piece:
+        await response.write(piece)
+        piece = await anext(pieces, b"")
+    await response.write_eof()
+    return response
 
 
 async def _stream(

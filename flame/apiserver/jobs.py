@@ -93,8 +93,9 @@ async def events(call: Call[None, EventsQuery]) -> web.StreamResponse:
 async def artifact(call: Call[None, NoQuery]) -> web.StreamResponse:
     """Give what a task has handed in."""
     await call.api.controller.job(call.path("id"))
-    path = call.api.controller.context.artifacts.find(call.path("id"), call.path("name"))
-    return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
+    artifacts = call.api.controller.context.artifacts
+    found = await artifacts.find(call.path("id"), call.path("name"))
+    return await answers.artifact(call.request, artifacts.place, found)
 
 
 _ONE = "/v1/jobs/{id}"

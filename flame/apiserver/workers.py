@@ -50,7 +50,7 @@ class Size(Record, kw_only=True):
 
 
 class Kept(Record, kw_only=True):
-    """Where an artifact is kept."""
+    """Where an artifact is kept: a path, or a URL in a bucket."""
 
     path: str
 
@@ -116,8 +116,7 @@ async def artifact(call: Call[Any, AttemptQuery]) -> Kept:
             controller.context.leases.renew((supervisor.id, task, attempt))
             yield piece
 
-    path = await controller.context.artifacts.put(supervisor.id, call.path("name"), pieces())
-    return Kept(path=str(path))
+    return Kept(path=await controller.context.artifacts.put(supervisor.id, call.path("name"), pieces()))
 
 
 async def lease(call: Call[None, AttemptQuery]) -> Lease:

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from flame.artifacts.base import Artifact, Artifacts, Place
+from flame.artifacts.base import Artifact, Artifacts
 from flame.errors import UsageError
 
-__all__ = ["BUCKETS", "Artifact", "Artifacts", "Place", "open_artifacts"]
+__all__ = ["BUCKETS", "Artifact", "Artifacts", "open_artifacts"]
 
 #: The schemes of buckets, with what they mean.
 BUCKETS = {"s3": "S3 and what speaks its protocol", "gs": "Google Cloud Storage", "az": "Azure Blob Storage"}
@@ -50,7 +50,7 @@ def open_artifacts(url: str | None, data_dir: Path) -> Artifacts:
 
         if parts.netloc or not parts.path.strip("/"):
             raise UsageError(f"The place of artifacts {url!r} names no folder; write it like 'file:///srv/flame'.")
-        return FileArtifacts(Path(unquote(parts.path)))
+        return FileArtifacts(Path(unquote(parts.path)), apart=True)
     if not parts.netloc:
         raise UsageError(f"The place of artifacts {url!r} names no bucket; write it like '{scheme}://BUCKET/PREFIX'.")
     from flame.artifacts.bucket import BucketArtifacts

@@ -11,7 +11,6 @@ import abc
 import hashlib
 import re
 from collections.abc import AsyncIterable, AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,26 +36,15 @@ class Artifact(NamedTuple):
     modified: float
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where artifacts are, in words for a user.
-
-    :ivar url: of the folder or the bucket, without credentials.
-    """
-
-    url: str
-
-    def __str__(self) -> str:
-        return self.url
-
-
 class Artifacts(abc.ABC):
     """Artifacts by name. All methods raise :class:`flame.errors.StoreError` when the place fails.
 
-    :ivar place: where they are.
+    :ivar url: where they are: of the folder or the bucket, without credentials.
+    :ivar apart: they are on no disk of this machine, so that others can take over from it.
     """
 
-    place: Place
+    url: str
+    apart: bool = False
 
     @abc.abstractmethod
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> Artifact:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from flame.artifacts.base import PIECE, Artifact, Artifacts, Place, check_name
+from flame.artifacts.base import PIECE, Artifact, Artifacts, check_name
 from flame.errors import MissingExtra, NotFound, StoreError
 
 try:
@@ -49,8 +49,10 @@ class BucketArtifacts(Artifacts):
     :param patience: seconds for which a service that is away is waited for.
     """
 
+    apart = True
+
     def __init__(self, url: str, *, patience: float = PATIENCE) -> None:
-        self.place = Place(url.rstrip("/"))
+        self.url = url.rstrip("/")
         self._patience = patience
         self._store: ObjectStore = open_bucket(url, patience)
 
@@ -119,7 +121,7 @@ class BucketArtifacts(Artifacts):
                     raise StoreError(f"The artifact {name!r} was replaced while it was read; read it again.") from error
                 if time.monotonic() > deadline or not _passes(error):
                     raise self._failure("read", name, error) from error
-                log.warning("reading %s from %s goes on at %d: %s", name, self.place, start, _reason(error))
+                log.warning("reading %s from %s goes on at %d: %s", name, self.url, start, _reason(error))
             await asyncio.sleep(0.2)
 
     async def find(self, folder: str) -> list[Artifact]:
@@ -158,7 +160,7 @@ class BucketArtifacts(Artifacts):
         try:
             await anext(aiter(obstore.list(self._store, chunk_size=1)), None)
         except (exceptions.BaseError, OSError, ValueError) as error:
-            raise StoreError(f"The place of artifacts {self.place} cannot be used: {_reason(error)}.") from error
+            raise StoreError(f"The place of artifacts {self.url} cannot be used: {_reason(error)}.") from error
 
     async def close(self) -> None:
         """See the base class."""
@@ -172,7 +174,7 @@ class BucketArtifacts(Artifacts):
         return bool(start >= found["size"])
 
     def _failure(self, what: str, name: str, error: Exception) -> StoreError:
-        return StoreError(f"The artifact {name!r} cannot be {what} in {self.place}: {_reason(error)}.")
+        return StoreError(f"The artifact {name!r} cannot be {what} in {self.url}: {_reason(error)}.")
 
 
 class _Source:

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from flame.artifacts.base import PIECE, Artifact, Artifacts, Place, check_name
+from flame.artifacts.base import PIECE, Artifact, Artifacts, check_name
 from flame.errors import NotFound, StoreError
 
 T = TypeVar("T")
@@ -29,11 +29,13 @@ class FileArtifacts(Artifacts):
     """Artifacts in a folder.
 
     :param root: the folder; made at the first use.
+    :param apart: it is not the data directory, but one that outlives this machine, such as a share on the network.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, apart: bool = False) -> None:
+        self.apart = apart
         self._root = root
-        self.place = Place(root.absolute().as_uri())
+        self.url = root.absolute().as_uri()
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> Artifact:
         """See the base class."""

@@ -30,6 +30,11 @@ from flame.cli.app import CONTEXT, examples
     "--db", metavar="URL", help="The state's database, such as sqlite:///state.db; else flame.db in the data directory."
 )
 @click.option(
+    "--artifacts",
+    metavar="URL",
+    help="Where models, checkpoints, code and past logs are kept, such as s3://bucket/prefix; else in the data directory.",
+)
+@click.option(
     "--token",
     envvar="FLAME_TOKEN",
     help="What users must show; better given as FLAME_TOKEN, which no process list shows.",
@@ -66,6 +71,7 @@ def serve(
     port: int,
     data_dir: Path | None,
     db: str | None,
+    artifacts: str | None,
     token: str | None,
     slots: int | None,
     lease: float,
@@ -86,6 +92,7 @@ def serve(
             port=port,
             data_dir=data_dir or default_dir(),
             db=db,
+            artifacts=artifacts,
             token=token,
             slots=slots,
             lease=lease,

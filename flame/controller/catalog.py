@@ -168,18 +168,18 @@ class Catalog:
         if actual != digest:
             raise SpecError(f"The uploaded bundle's SHA-256 is {actual}, not {digest}; it was damaged on its way.")
         await asyncio.to_thread(bundle.folders, data)
-        await self._context.store.put_bundle(data)
+        await self._context.bundles.put(data)
 
     async def bundle(self, digest: str) -> bytes:
         """A code bundle's bytes."""
-        data = await self._context.store.get_bundle(digest)
+        data = await self._context.bundles.get(digest)
         if data is None:
             raise NotFound(f"There is no code bundle {digest}; upload it first.")
         return data
 
     async def folders(self, digest: str) -> dict[str, bool]:
         """The top-level folders of a bundle and whether each has a ``main.py``."""
-        data = await self._context.store.get_bundle(digest)
+        data = await self._context.bundles.get(digest)
         if data is None:
             raise SpecError(f"the code bundle {digest} is not there; upload it first.", "code")
         return bundle.folders(data, "the code")
@@ -193,7 +193,7 @@ class Catalog:
             if not await self._context.designs.find(where, limit=1) and not await self._context.jobs.find(
                 where, limit=1
             ):
-                await self._context.store.delete_bundle(digest)
+                await self._context.bundles.delete(digest)
 
     # ---------------------------------------------------------------------------------------------- datasets
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flame.controller.artifacts import Artifacts
+from flame.artifacts import Artifacts
+from flame.controller.artifacts import JobArtifacts
+from flame.controller.bundles import Bundles
 from flame.controller.keys import Keys
 from flame.controller.leases import Leases
 from flame.controller.logs import Logs
@@ -102,6 +104,7 @@ class Background:
 class Context:
     """The controller's surroundings: state, streams, computes, files, keys and the operator's choices.
 
+    :param artifacts: where artifacts are kept.
     :param lost: told the key of a lease that ran out, ``(job, task, attempt)``.
     :param freed: called when a worker is gone or a job has ended, that is, when others may have room.
     """
@@ -114,6 +117,7 @@ class Context:
         keys: Keys,
         options: Options,
         *,
+        artifacts: Artifacts,
         lost: Callable[[Any], None],
         freed: Callable[[], None],
     ) -> None:
@@ -124,8 +128,9 @@ class Context:
         self.options = options
         self.freed = freed
         self.leases = Leases(options.lease, lost)
-        self.logs = Logs(options.data_dir / "logs")
-        self.artifacts = Artifacts(options.data_dir / "artifacts", options.largest_artifact)
+        self.logs = Logs(options.data_dir / "logs", artifacts)
+        self.artifacts = JobArtifacts(artifacts, options.largest_artifact)
+        self.bundles = Bundles(store, artifacts)
         self.background = Background()
         self.jobs: Shelf[Job] = Shelf(store, "jobs", Job)
         self.tasks: Shelf[StoredTask] = Shelf(store, "tasks", StoredTask)

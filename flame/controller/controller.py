@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from flame.artifacts import Artifacts, open_artifacts
 from flame.controller.accounts import Accounts
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
@@ -46,13 +47,22 @@ class Controller:
     :param runners: the computes by name; the first is where workers are started.
     :param keys: what makes the workers' keys.
     :param options: what the operator has chosen.
+    :param artifacts: where artifacts are kept; None: in the data directory.
     """
 
     def __init__(
-        self, store: Store, notifier: Notifier, runners: Mapping[str, Runner], keys: Keys, options: Options
+        self,
+        store: Store,
+        notifier: Notifier,
+        runners: Mapping[str, Runner],
+        keys: Keys,
+        options: Options,
+        *,
+        artifacts: Artifacts | None = None,
     ) -> None:
+        place = artifacts or open_artifacts(None, options.data_dir)
         self.context = Context(
-            store, notifier, runners, keys, options, lost=self._lease_lost, freed=self._something_freed
+            store, notifier, runners, keys, options, artifacts=place, lost=self._lease_lost, freed=self._something_freed
         )
         self.accounts = Accounts(store)
         self.catalog = Catalog(self.context)
@@ -68,6 +78,9 @@ class Controller:
     async def open(self) -> None:
         """Connect to the computes and take up what an earlier process of the server has left."""
         await recover(self.context, self._watch, self._worker_exited)
+        for job in self.context.logs.jobs():
+            if job not in self._active:
+                self.context.background.spawn(self.context.logs.archive(job))
         if self.slots is None:
             capacity = await self.context.runner.capacity()
             self.slots = capacity.slots or SLOTS_PER_CORE * (os.cpu_count() or 1)
@@ -302,7 +315,7 @@ class Controller:
         attempt = max(task.attempt, 1) if attempt is None else attempt
         if not 1 <= attempt <= max(task.attempt, 1):
             raise NotFound(f"Task {id} has no attempt {attempt}; the newest is {task.attempt}.")
-        size = self.context.logs.size(task.job_id, id, attempt)
+        size = await self.context.logs.size(task.job_id, id, attempt)
         if offset > size:
             raise NotFound(f"The log of task {id} has {size} bytes; there is nothing at {offset}.")
         return attempt, self.context.logs.read(task.job_id, id, attempt, offset=offset, follow=follow)
@@ -362,7 +375,8 @@ class Controller:
         brokers = [*config.brokers, *(broker for broker in options.brokers if broker.sort not in named)]
         registry = config.registry
         if registry.sort in ("default", options.registry.sort):
-            registry = Registry(sort=options.registry.sort, uri=registry.uri or options.registry.uri)
+            mine = not registry.uri or registry.uri == options.registry.uri
+            registry = options.registry if mine else Registry(sort=options.registry.sort, uri=registry.uri)
         elif registry.sort == "local" and not registry.uri:
             registry = Registry(sort="local", uri=str(options.data_dir / "registry"))
         return msgspec.structs.replace(config, brokers=brokers, registry=registry)
@@ -419,6 +433,7 @@ class Controller:
         self._looking = False
         for supervisor in [one for one in self._active.values() if one.over.is_set()]:
             self._forget(supervisor)
+            self.context.background.spawn(self.context.logs.archive(supervisor.id))
         waiting = {one.id: one for one in self._active.values() if one.state is JobState.STARTING and not one.admitted}
         if not waiting:
             return

@@ -11,15 +11,21 @@ are handed over.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
-from flame.errors import StoreError
+from flame.artifacts import Artifacts
+from flame.errors import NotFound, StoreError
 
 _CHUNK = 256 * 1024
 _INLINE = 64 * 1024
+_FAR = 4 << 20  # of a log that is elsewhere: few requests, little memory
+_ARCHIVE = "logs"
+
+log = logging.getLogger("flame.controller")
 
 
 class _Open:
@@ -35,10 +41,15 @@ class _Open:
 
 
 class Logs:
-    """All logs, under one folder: ``FOLDER/JOB/TASK.ATTEMPT.log``."""
+    """All logs, under one folder: ``FOLDER/JOB/TASK.ATTEMPT.log``.
 
-    def __init__(self, folder: Path) -> None:
+    :param folder: where logs grow.
+    :param place: where they go when their job has ended, if that is not on this machine; a bucket cannot be appended to.
+    """
+
+    def __init__(self, folder: Path, place: Artifacts | None = None) -> None:
         self._folder = folder
+        self._place = place if place is not None and place.apart else None
         self._open: dict[Path, _Open] = {}
 
     def path(self, job: str, task: str, attempt: int) -> Path:
@@ -82,11 +93,33 @@ class Logs:
             log.wake()
         return size + len(data)
 
-    def size(self, job: str, task: str, attempt: int) -> int:
+    async def size(self, job: str, task: str, attempt: int) -> int:
         """How many bytes the log has."""
         path = self.path(job, task, attempt)
         log = self._open.get(path)
-        return log.size if log is not None else _size(path)
+        if log is not None:
+            return log.size
+        size = _size(path)
+        if not size and self._place is not None and (found := await self._place.stat(self._archived(path))):
+            return found.size
+        return size
+
+    def jobs(self) -> list[str]:
+        """The jobs that have logs which still are where they grew, and are to go elsewhere."""
+        return [path.name for path in self._folder.glob("*")] if self._place is not None else []
+
+    async def archive(self, job: str) -> None:
+        """Move the logs of a job that has ended to where artifacts are kept. What fails is done by the next server."""
+        if self._place is None:
+            return
+        try:
+            for path in sorted((self._folder / job).glob("*.log")):
+                if path not in self._open:
+                    await self._place.put(self._archived(path), _file(path))
+                    path.unlink()
+            (self._folder / job).rmdir()
+        except (StoreError, OSError) as error:
+            log.warning("the logs of job %s stay in %s for now: %s", job, self._folder / job, error)
 
     async def read(
         self, job: str, task: str, attempt: int, *, offset: int = 0, follow: bool = False
@@ -127,11 +160,31 @@ class Logs:
         for path in [path for path in self._open if path.parent.name == job]:
             self._open.pop(path).wake()
         await asyncio.to_thread(shutil.rmtree, self._folder / job, True)
+        if self._place is not None:
+            await self._place.delete_all(f"{_ARCHIVE}/{job}")
 
     async def _piece(self, path: Path, offset: int) -> bytes:
-        if _size(path) - offset <= 0:
-            return b""
-        return await asyncio.to_thread(_read, path, offset)
+        if _size(path) - offset > 0:
+            return await asyncio.to_thread(_read, path, offset)
+        if self._place is not None and path not in self._open and not path.exists():
+            try:
+                return b"".join(
+                    [piece async for piece in self._place.read(self._archived(path), offset, offset + _FAR)]
+                )
+            except NotFound:
+                return b""
+        return b""
+
+    @staticmethod
+    def _archived(path: Path) -> str:
+        return f"{_ARCHIVE}/{path.parent.name}/{path.name}"
+
+
+async def _file(path: Path) -> AsyncIterator[bytes]:
+    offset = 0
+    while piece := await asyncio.to_thread(_read, path, offset):
+        offset += len(piece)
+        yield piece
 
 
 def _size(path: Path) -> int:

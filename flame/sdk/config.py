@@ -64,6 +64,7 @@ class Registry(Part, kw_only=True):
 
     sort: str = "default"
     uri: str = ""
+    artifacts: str = ""
 
 
 class BaseModel(Part, kw_only=True):

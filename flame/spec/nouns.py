@@ -166,10 +166,15 @@ class BaseModel(Form, frozen=True, kw_only=True):
 
 
 class Registry(Form, frozen=True, kw_only=True):
-    """Where metrics and models go: ``mlflow``, ``local`` or ``dummy``; no ``uri`` means the server's default."""
+    """Where metrics and models go: ``mlflow``, ``local`` or ``dummy``; no ``uri`` means the server's default.
+
+    :ivar artifacts: where an MLflow store that is a database keeps the files of new experiments, such as ``s3://bucket/mlflow``; empty:
+        beside the database.
+    """
 
     sort: str = "default"
     uri: str = ""
+    artifacts: str = ""
 
 
 class Broker(Form, frozen=True, kw_only=True):

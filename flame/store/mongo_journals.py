@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from pymongo import errors
-
-from flame.store.mongo_server import Fields, MongoServer
+from flame.store.mongo_server import Fields, MongoServer, errors
 
 _DUPLICATE = 11000
 _PART = 8 << 20  # MongoDB takes documents of up to 16 MB

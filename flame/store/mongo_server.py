@@ -23,6 +23,8 @@ try:
 except ImportError as missing:
     raise MissingExtra("pymongo", "mongodb", "A database on MongoDB") from missing
 
+__all__ = ["Collection", "Fields", "MongoServer", "errors", "sign"]
+
 T = TypeVar("T")
 Fields = dict[str, Any]
 Collection = AsyncCollection[Fields]

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.controller.artifacts import Artifacts
+from flame.artifacts import open_artifacts
+from flame.controller.artifacts import JobArtifacts
 from flame.controller.keys import Keys
 from flame.controller.leases import Leases
 from flame.controller.logs import Logs
@@ -98,7 +99,7 @@ async def test_a_log_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) 
     for data in (b"small", b"x" * 100_000):
         with pytest.raises(StoreError, match="cannot be written"):
             await logs.append(*WHO, 0, data)
-    assert logs.size(*WHO) == 0
+    assert await logs.size(*WHO) == 0
 
 
 async def pieces_of(*pieces: bytes, fail: Exception | None = None) -> AsyncIterator[bytes]:
@@ -109,10 +110,11 @@ async def pieces_of(*pieces: bytes, fail: Exception | None = None) -> AsyncItera
 
 
 async def test_an_artifact_is_whole_or_not_there(tmp_path: Path) -> None:
-    artifacts = Artifacts(tmp_path, limit=10)
-    path = await artifacts.put("job", "model.safetensors", pieces_of(b"abc", b"def"))
+    artifacts = JobArtifacts(open_artifacts(None, tmp_path), limit=10)
+    path = Path(await artifacts.put("job", "model.safetensors", pieces_of(b"abc", b"def")))
+    assert path == tmp_path / "artifacts" / "job" / "model.safetensors"
     assert path.read_bytes() == b"abcdef"
-    assert artifacts.find("job", "model.safetensors") == path
+    assert (await artifacts.find("job", "model.safetensors")).size == 6
     with pytest.raises(SpecError, match="larger than the 10 bytes"):
         await artifacts.put("job", "model.safetensors", pieces_of(b"x" * 6, b"x" * 6))
     with pytest.raises(ConnectionResetError):
@@ -120,9 +122,9 @@ async def test_an_artifact_is_whole_or_not_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"abcdef", "the earlier one is untouched"
     assert os.listdir(path.parent) == ["model.safetensors"], "and nothing else is left"
     with pytest.raises(NotFound, match=r"it has model\.safetensors"):
-        artifacts.find("job", "other")
+        await artifacts.find("job", "other")
     with pytest.raises(NotFound, match="it has none"):
-        artifacts.find("nobody", "other")
+        await artifacts.find("nobody", "other")
     await artifacts.remove("job")
     assert not path.exists()
 
@@ -130,7 +132,7 @@ async def test_an_artifact_is_whole_or_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".hidden", "a\0b", "x" * 201, "a\n"])
 def test_an_artifacts_name_is_a_plain_file_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(SpecError):
-        Artifacts(tmp_path, limit=10).path("job", name)
+        JobArtifacts(open_artifacts(None, tmp_path), limit=10).name("job", name)
 
 
 def test_keys_are_the_same_after_a_restart_and_open_nothing_else(tmp_path: Path) -> None:

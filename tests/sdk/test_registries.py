@@ -376,3 +376,18 @@ def test_a_job_that_fails_marks_its_run_and_leaves_no_process(tmp_path, monkeypa
     code = "import mlflow; run = mlflow.MlflowClient(URI).get_run(RUN); print(run.info.status, run.data.metrics)"
     out = python(code.replace("URI", repr(uri)).replace("RUN", repr(registry.run)), tmp_path)
     assert out.strip() == "FAILED {'accuracy': 0.5}"
+
+
+def test_a_database_of_mlflow_keeps_its_files_in_a_bucket_when_it_is_told_to(tmp_path, s3):
+    link = Waiting(tmp_path / "artifacts")
+    made = config("aggregator", job="j1")
+    made.registry.sort, made.registry.uri, made.job.name = "mlflow", f"sqlite:///{tmp_path}/mlflow.db", "digits"
+    made.registry.artifacts = f"s3://{s3.bucket}/{tmp_path.name}/mlflow"
+    registry = registries.open_registry(made, link)
+    registry.save_model("digits", {"w": np.arange(3)}, model_file(tmp_path, 7.0))
+    version = registry.finish(60)
+    assert version is not None, link.said
+    files = [name for name in s3.objects() if name.startswith(f"{tmp_path.name}/mlflow/digits/")]
+    assert [name for name in files if name.endswith("model.safetensors")], files
+    assert not (tmp_path / "mlartifacts").exists()
+    assert registry.load_model("digits", version.version)["w"].tolist() == [7.0] * 3

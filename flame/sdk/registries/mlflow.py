@@ -69,6 +69,7 @@ class MlflowRegistry(Registry):
         self._ended = False
         about = {
             "uri": self.uri,
+            "artifacts": config.registry.artifacts,
             "experiment": config.job.name,
             "run": f"{config.job.name}-{config.job.job_id}",
             "tags": {"flame.job": config.job.job_id, "flame.schema": config.schema, "flame.task": config.task_id},

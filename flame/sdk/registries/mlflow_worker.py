@@ -151,7 +151,9 @@ class Worker:
             return
         client = _connect(self.about["uri"])
         if self.state["run"] is None:
-            experiment = _experiment(client, self.about["uri"], self.about["experiment"])
+            experiment = _experiment(
+                client, self.about["uri"], self.about["experiment"], self.about.get("artifacts", "")
+            )
             job = self.about["tags"]["flame.job"]
             # A role that was started again goes on with its run.
             runs = client.search_runs([experiment], f"tags.`flame.job` = '{job}'", max_results=1)
@@ -312,15 +314,17 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-def _experiment(client: Any, uri: str, name: str) -> str:
-    """The experiment's id; it is made where there is none. A SQLite store keeps its artifacts beside the file."""
+def _experiment(client: Any, uri: str, name: str, artifacts: str) -> str:
+    """The experiment's id; it is made where there is none. A SQLite store keeps its artifacts beside the file, or where it is told to."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         database = _database(uri)
         place = None
-        if database is not None:
+        if artifacts:
+            place = f"{artifacts.rstrip('/')}/{quote(name, safe='')}"
+        elif database is not None:
             place = (database.parent / "mlartifacts" / quote(name, safe="")).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=place))
