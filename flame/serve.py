@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flame.apiserver.oidc import OidcSettings
+from flame.apiserver.tls import ServerTls
 from flame.errors import Conflict, StoreError, UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +62,9 @@ class ServeSettings:
     :ivar mqtt: ``host:port`` of the broker for jobs that use mqtt and name none.
     :ivar allow_anyone: listen beyond this machine without users, token or TLS.
     :ivar insecure_plain_http: listen beyond this machine without TLS.
+    :ivar tls: certificates.
+    :ivar oidc: the identity provider whose tokens are accepted.
+    :ivar p2p_tls: workers of a job speak TLS with each other, by an authority that exists for the job alone.
     :ivar verbose: log what only developers want to read.
     """
 
@@ -76,6 +81,9 @@ class ServeSettings:
     mqtt: str | None = None
     allow_anyone: bool = False
     insecure_plain_http: bool = False
+    tls: ServerTls = field(default_factory=ServerTls)
+    oidc: OidcSettings | None = None
+    p2p_tls: bool = False
     verbose: bool = False
 
 
@@ -137,6 +145,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     from flame.apiserver.access import Guard
     from flame.apiserver.app import Api
     from flame.apiserver.audit import Audit
+    from flame.apiserver.oidc import Oidc
     from flame.artifacts import open_artifacts
     from flame.controller.context import Options
     from flame.controller.controller import Controller
@@ -159,14 +168,17 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         listener = _listen_again(settings, data_dir)
         stack.callback(listener.close)
         port = listener.getsockname()[1]
-        url = (settings.advertise or _url(settings.host, port)).rstrip("/")
+        tls = settings.tls.context()
+        url = (settings.advertise or _url(settings.host, port, tls=tls is not None)).rstrip("/")
         options = Options(
             data_dir=data_dir,
-            server=settings.advertise or _url(_reachable(settings.host), port),
+            server=settings.advertise or _url(_reachable(settings.host), port, tls=tls is not None),
             slots=settings.slots,
             lease=settings.lease,
             registry=_registry(data_dir, artifacts),
             brokers=(Broker(sort="mqtt", host=settings.mqtt),) if settings.mqtt else (),
+            worker_environment=settings.tls.for_workers(),
+            p2p_tls=settings.p2p_tls,
         )
         # Nobody starts a private server again that was killed, so its workers do not wait for it for long.
         environment = {"FLAME_ORPHAN_AFTER": f"{ORPHAN_PATIENCE:g}"} if settings.private else {}
@@ -175,7 +187,13 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         stack.push_async_callback(controller.close)
         await controller.accounts.open()
         names = frozenset(name for name in (urlsplit(url).hostname, settings.host) if name)
-        guard = Guard(controller.accounts, settings.token, names)
+        guard = Guard(
+            controller.accounts,
+            settings.token,
+            names,
+            verifier=Oidc(settings.oidc) if settings.oidc is not None else None,
+            certificates=settings.tls.client_ca is not None,
+        )
         _refuse_openness(settings, guard)
         await controller.open()
         audit = Audit(data_dir / "audit.log")
@@ -190,7 +208,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         )
         await web_runner.setup()
         stack.push_async_callback(web_runner.cleanup)
-        await web.SockSite(web_runner, listener).start()
+        await web.SockSite(web_runner, listener, ssl_context=tls).start()
 
         def release() -> None:
             """Streams come to their end, so that nobody waits for them."""
@@ -220,7 +238,7 @@ def _refuse_openness(settings: ServeSettings, guard: Guard) -> None:
 
 def _refuse_plain_http(settings: ServeSettings) -> None:
     """Without TLS whoever is on the way reads every token and model."""
-    if settings.insecure_plain_http or settings.allow_anyone or _is_loopback(settings.host):
+    if settings.tls.on or settings.insecure_plain_http or settings.allow_anyone or _is_loopback(settings.host):
         return
     raise UsageError(
         f"Tokens and models would travel to {settings.host} for anyone on the way to read: give --tls-cert and --tls-key "
@@ -248,8 +266,9 @@ def _reachable(host: str) -> str:
     return host
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, *, tls: bool) -> str:
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _listen_again(settings: ServeSettings, data_dir: Path) -> socket.socket:

@@ -23,6 +23,7 @@ _TEXTS = {
     422: "Something in the body cannot be.",
     429: "Too many wrong tokens came from this address; Retry-After says for how long to wait.",
     500: "The server has failed.",
+    503: "The identity provider does not answer, so a token of it cannot be checked.",
 }
 
 
@@ -107,6 +108,8 @@ def _responses(route: Route, shown: dict[str, Any]) -> dict[str, Any]:
     statuses = {400, 403, 500, *route.refusals}
     if route.access is not Access.OPEN:
         statuses |= {401, 429}
+    if route.access not in (Access.OPEN, Access.WORKER):
+        statuses.add(503)
     if route.query is NewQuery:
         statuses.add(422)
     if route.body is not None:

@@ -20,13 +20,15 @@ def config() -> None:
 @config.command(context_settings=CONTEXT, epilog=examples("flame config show"))
 @output_option
 def show(how: str) -> None:
-    """Print what holds: the variables FLAME_SERVER and FLAME_TOKEN, else the file. Tokens are not printed."""
+    """Print what holds: the variables FLAME_SERVER, FLAME_TOKEN and so on, else the file. Tokens are not printed."""
     held = settings.resolve()
     token = "(set)" if held.token else None
     plain = {
         "file": str(settings.config_path()),
         "server": held.server,
         "token": token,
+        "project": held.project,
+        "ca": held.ca,
         "dataDir": str(settings.data_dir()),
     }
     output.show(
@@ -40,13 +42,15 @@ def show(how: str) -> None:
                     held.server or f"none: the one that runs in {settings.data_dir()}, or {settings.DEFAULT_SERVER}",
                 ),
                 ("token", token or "none"),
+                ("project", held.project),
+                ("ca", held.ca),
             ]
         ),
     )
 
 
 @config.command(name="set", context_settings=CONTEXT, epilog=examples("flame config set server http://127.0.0.1:10100"))
-@click.argument("key", metavar="server|token")
+@click.argument("key", metavar="server|token|project|ca")
 @click.argument("value")
 def set_(key: str, value: str) -> None:
     """Write a setting into the file. An empty VALUE takes it out."""

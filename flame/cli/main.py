@@ -15,6 +15,12 @@ _COMMANDS = {
     "schema": ("flame.cli.schema:schema", "The topology of a design; draw it."),
     "code": ("flame.cli.code:code", "The code of a design's roles."),
     "dataset": ("flame.cli.dataset:dataset", "Data registered by URL and realm."),
+    "login": ("flame.cli.login:login", "Keep a server's address and your token for the commands that follow."),
+    "user": ("flame.cli.user:user", "Who may use a server, and as what."),
+    "token": ("flame.cli.token:token", "Tokens with which users say who they are."),
+    "project": ("flame.cli.project:project", "Projects keep teams' things apart."),
+    "audit": ("flame.cli.audit:audit", "Who did what on a server, and what was refused."),
+    "cert": ("flame.cli.cert:cert", "Certificates for a trial deployment with TLS."),
     "config": ("flame.cli.config:config", "Where the server is and who asks."),
     "version": ("flame.cli.main:version", "Print the version."),
 }

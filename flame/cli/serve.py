@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from flame.cli.app import CONTEXT, examples
+from flame.errors import UsageError
+
+if TYPE_CHECKING:
+    from flame.spec.people import UserRole
+
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(
@@ -39,6 +46,11 @@ from flame.cli.app import CONTEXT, examples
     envvar="FLAME_TOKEN",
     help="What users must show; better given as FLAME_TOKEN, which no process list shows.",
 )
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file with what users must show.",
+)
 @click.option("--slots", type=click.IntRange(min=1), help="The most workers at once; else eight for each core.")
 @click.option(
     "--lease",
@@ -63,6 +75,77 @@ from flame.cli.app import CONTEXT, examples
     envvar="FLAME_INSECURE_PLAIN_HTTP",
     help="Listen beyond this machine without TLS: for a network that is trusted, or behind a proxy that does TLS.",
 )
+@click.option("--tls-cert", type=FILE, envvar="FLAME_SERVE_TLS_CERT", help="The server's certificate (PEM).")
+@click.option("--tls-key", type=FILE, envvar="FLAME_SERVE_TLS_KEY", help="Its private key (PEM).")
+@click.option(
+    "--tls-ca",
+    type=FILE,
+    envvar="FLAME_SERVE_TLS_CA",
+    help="The authority of the server's certificate, where workers would not know it (PEM): they are told.",
+)
+@click.option(
+    "--tls-client-ca",
+    type=FILE,
+    envvar="FLAME_SERVE_TLS_CLIENT_CA",
+    help="Workers must show a certificate of this authority (PEM).",
+)
+@click.option(
+    "--tls-worker-cert",
+    type=FILE,
+    envvar="FLAME_SERVE_TLS_WORKER_CERT",
+    help="What workers show that the server starts (PEM); with --tls-client-ca.",
+)
+@click.option("--tls-worker-key", type=FILE, envvar="FLAME_SERVE_TLS_WORKER_KEY", help="Its private key (PEM).")
+@click.option(
+    "--oidc-issuer",
+    metavar="URL",
+    envvar="FLAME_SERVE_OIDC_ISSUER",
+    help="Accept bearer tokens of this OpenID provider.",
+)
+@click.option(
+    "--oidc-audience",
+    metavar="NAME",
+    envvar="FLAME_SERVE_OIDC_AUDIENCE",
+    help="For whom its tokens must have been made out.",
+)
+@click.option(
+    "--oidc-role",
+    "oidc_roles",
+    metavar="GROUP=ROLE",
+    multiple=True,
+    envvar="FLAME_SERVE_OIDC_ROLES",
+    help="Which role (admin, user, participant, viewer) a group has; can be given several times.",
+)
+@click.option(
+    "--oidc-project",
+    "oidc_projects",
+    metavar="GROUP=PROJECT",
+    multiple=True,
+    envvar="FLAME_SERVE_OIDC_PROJECTS",
+    help="Which project a group belongs to; can be given several times.",
+)
+@click.option(
+    "--oidc-group-claim",
+    metavar="CLAIM",
+    default="groups",
+    show_default=True,
+    envvar="FLAME_SERVE_OIDC_GROUP_CLAIM",
+    help="Where tokens hold the groups, such as realm_access.roles.",
+)
+@click.option(
+    "--oidc-name-claim",
+    metavar="CLAIM",
+    default="sub",
+    show_default=True,
+    envvar="FLAME_SERVE_OIDC_NAME_CLAIM",
+    help="What names somebody in tokens.",
+)
+@click.option(
+    "--p2p-tls",
+    is_flag=True,
+    envvar="FLAME_SERVE_P2P_TLS",
+    help="Workers of a job speak TLS with each other, by an authority of the job's own.",
+)
 @click.option("--private", is_flag=True, help="Print the address as JSON, and end when nobody is attached any more.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what only developers want to read.")
 def serve(
@@ -79,13 +162,42 @@ def serve(
     mqtt: str | None,
     allow_anyone: bool,
     insecure_plain_http: bool,
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
+    tls_client_ca: Path | None,
+    tls_worker_cert: Path | None,
+    tls_worker_key: Path | None,
+    oidc_issuer: str | None,
+    oidc_audience: str | None,
+    oidc_roles: tuple[str, ...],
+    oidc_projects: tuple[str, ...],
+    oidc_group_claim: str,
+    oidc_name_claim: str,
+    p2p_tls: bool,
     private: bool,
     verbose: bool,
 ) -> int:
     """Run a server until it is told to end (Ctrl-C or SIGTERM). Its jobs go on meanwhile, and the next server finds them."""
+    from flame.apiserver.oidc import OidcSettings
+    from flame.apiserver.tls import ServerTls
     from flame.client.config import data_dir as default_dir
     from flame.serve import ServeSettings, run_server
+    from flame.spec.people import UserRole
 
+    oidc = None
+    if oidc_issuer is not None:
+        if oidc_audience is None or not oidc_roles:
+            raise UsageError("--oidc-issuer needs --oidc-audience, and --oidc-role for each group that may come in.")
+        oidc = OidcSettings(
+            issuer=oidc_issuer,
+            audience=oidc_audience,
+            name_claim=oidc_name_claim,
+            group_claim=oidc_group_claim,
+            roles={group: _role(role, UserRole) for group, role in map(_rule, oidc_roles)},
+            projects=dict(map(_rule, oidc_projects)),
+        )
     return run_server(
         ServeSettings(
             host=host,
@@ -93,9 +205,19 @@ def serve(
             data_dir=data_dir or default_dir(),
             db=db,
             artifacts=artifacts,
-            token=token,
+            token=_token(token, token_file),
             slots=slots,
             lease=lease,
+            tls=ServerTls(
+                cert=tls_cert,
+                key=tls_key,
+                ca=tls_ca,
+                client_ca=tls_client_ca,
+                worker_cert=tls_worker_cert,
+                worker_key=tls_worker_key,
+            ),
+            oidc=oidc,
+            p2p_tls=p2p_tls,
             private=private,
             advertise=advertise,
             mqtt=mqtt,
@@ -104,3 +226,32 @@ def serve(
             verbose=verbose,
         )
     )
+
+
+def _rule(text: str) -> tuple[str, str]:
+    group, sign, what = text.rpartition("=")
+    if not (sign and group and what):
+        raise UsageError(f"{text!r} is no rule; write it like GROUP=NAME.")
+    return group, what
+
+
+def _role(name: str, roles: type[UserRole]) -> UserRole:
+    try:
+        return roles(name)
+    except ValueError:
+        raise UsageError(f"There is no role {name!r}; there are {', '.join(roles)}.") from None
+
+
+def _token(given: str | None, file: Path | None) -> str | None:
+    """The token, or the one in a file."""
+    if file is None:
+        return given
+    if given is not None:
+        raise UsageError("Give either --token (FLAME_TOKEN) or --token-file.")
+    try:
+        read = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The file with the token, {file}, cannot be read: {error}.") from error
+    if len(read) < 16:
+        raise UsageError(f"The token in {file} is too short: it needs 16 characters at least.")
+    return read

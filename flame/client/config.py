@@ -4,6 +4,9 @@
 ``FLAME_CONFIG``          the path of the file, instead of ``~/.flame/config.yaml``
 ``FLAME_SERVER``          the server's address; stronger than the file
 ``FLAME_TOKEN``           the token; stronger than the file
+``FLAME_PROJECT``         the project in which new things are made; stronger than the file
+``FLAME_CA``              certificates of the authorities that may vouch for the server (PEM: a path, or the text)
+``FLAME_TLS_CERT``        the certificate to show a server that asks for one, and ``FLAME_TLS_KEY``, its key
 ``FLAME_DATA_DIR``        where a server on this machine keeps its state, ``~/.flame/data`` if unset
 ========================  =====================================================================
 
@@ -27,6 +30,8 @@ class Settings(NamedTuple):
 
     server: str | None = None
     token: str | None = None
+    project: str | None = None
+    ca: str | None = None
 
 
 def config_path() -> Path:
@@ -70,13 +75,19 @@ def resolve(server: str | None = None, token: str | None = None) -> Settings:
     """What holds: the arguments, else the variables, else the file.
 
     A token in the file is for the server in the file: it is not sent to another one that an argument or a variable names.
+    The same holds for the project and the authority.
 
     :raises flame.errors.SpecError: see :func:`read_file`.
     """
     file = read_file()
     chosen = server or os.environ.get("FLAME_SERVER") or file.server
-    kept = file.token if chosen == file.server else None
-    return Settings(chosen, token or os.environ.get("FLAME_TOKEN") or kept)
+    kept = file if chosen == file.server else Settings()
+    return Settings(
+        chosen,
+        token or os.environ.get("FLAME_TOKEN") or kept.token,
+        os.environ.get("FLAME_PROJECT") or kept.project,
+        os.environ.get("FLAME_CA") or kept.ca,
+    )
 
 
 def write(settings: Settings) -> Path:
@@ -105,7 +116,7 @@ def check(key: str, value: object, where: str | None = None) -> None:
     :raises flame.errors.SpecError: the key is unknown or the value is of the wrong kind.
     """
     if key not in Settings._fields:
-        raise SpecError(f"There is no setting {key!r}; there are {' and '.join(Settings._fields)}.", where)
+        raise SpecError(f"There is no setting {key!r}; there are {', '.join(Settings._fields)}.", where)
     if value is not None and not isinstance(value, str):
         raise SpecError(f"The setting {key!r} must be text, not {value!r}.", where)
     if key == "server" and isinstance(value, str) and not value.startswith(("http://", "https://")):

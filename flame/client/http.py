@@ -19,6 +19,7 @@ import msgspec
 from yarl import URL
 
 from flame import errors
+from flame.client.tls import Tls
 from flame.errors import ServerError, ServerUnreachable, UsageError
 
 T = TypeVar("T")
@@ -98,10 +99,11 @@ class Session:
 
     :param server: the address, such as ``http://127.0.0.1:10100``.
     :param token: sent as bearer token; None sends none.
+    :param tls: whom to trust and what to show, where the address says https; None: what the environment says.
     :raises flame.errors.UsageError: the address is none.
     """
 
-    def __init__(self, server: str, token: str | None = None) -> None:
+    def __init__(self, server: str, token: str | None = None, tls: Tls | None = None) -> None:
         parts = urlsplit(server)
         try:
             parts.port  # noqa: B018 - a property that raises
@@ -114,6 +116,9 @@ class Session:
         self._headers = {"Accept": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {_safe(token)}"
+        #: The project in which new things are made; None leaves it to the server.
+        self.project: str | None = None
+        self._tls = (tls or Tls.read()) if parts.scheme == "https" else None
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Session:
@@ -205,7 +210,7 @@ class Session:
             # Streams stay open side by side, so connections are not limited; the timeouts are ours, see above.
             self._http = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, ssl=self._tls.context() if self._tls is not None else True),
                 timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
@@ -218,6 +223,11 @@ class Session:
                     data=data if data is None or (isinstance(data, bytes) and len(data) <= _READ) else _pieces(data),
                     allow_redirects=False,
                 )
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise ServerUnreachable(
+                f"The server at {self.server} is not trusted ({_verdict(error)}). Name the authority that vouches for it: "
+                "FLAME_CA, or `flame config set ca FILE`."
+            ) from error
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
             raise ServerUnreachable(
                 f"No server answers at {self.server} ({_why(error)}). "
@@ -266,6 +276,11 @@ def _safe(token: str) -> str:
             "The token holds characters that no token has; set it again with `flame config set token TOKEN`."
         )
     return token
+
+
+def _verdict(error: aiohttp.ClientConnectorCertificateError) -> str:
+    cause = error.certificate_error
+    return str(getattr(cause, "verify_message", "") or cause).rstrip(".")
 
 
 def _why(error: BaseException) -> str:

@@ -36,7 +36,9 @@ class Jobs(Noun):
 
     async def create(self, form: JobForm) -> Job:
         """Create a job whose code, if it names any, is on the server."""
-        return await self._session.call("POST", "/v1/jobs", body=form, into=Job)
+        return await self._session.call(
+            "POST", "/v1/jobs", query={"project": self._session.project}, body=form, into=Job
+        )
 
     async def get(self, id: str) -> Job:
         """One job."""

@@ -62,7 +62,9 @@ class Designs(Noun):
     async def create(self, name: str, description: str = "") -> Design:
         """Register a design; its schema and code follow."""
         body = {"name": name, "description": description}
-        return await self._session.call("POST", "/v1/designs", body=body, into=Design)
+        return await self._session.call(
+            "POST", "/v1/designs", query={"project": self._session.project}, body=body, into=Design
+        )
 
     async def list(self) -> list[Design]:
         """All designs."""
@@ -136,7 +138,9 @@ class Datasets(Noun):
 
     async def create(self, dataset: Dataset) -> DatasetRecord:
         """Register a dataset."""
-        return await self._session.call("POST", "/v1/datasets", body=dataset, into=DatasetRecord)
+        return await self._session.call(
+            "POST", "/v1/datasets", query={"project": self._session.project}, body=dataset, into=DatasetRecord
+        )
 
     async def list(self) -> list[DatasetRecord]:
         """All datasets."""

@@ -52,6 +52,8 @@ class Options:
     :ivar registry: where metrics and models go when a job does not say.
     :ivar brokers: meeting points of backends, for jobs that name none of that sort.
     :ivar largest_artifact: in bytes.
+    :ivar worker_environment: variables for every worker that the server starts: whom to trust, and what to show.
+    :ivar p2p_tls: give the workers of a job certificates of the job's own authority, to speak TLS with each other.
     """
 
     data_dir: Path
@@ -65,6 +67,8 @@ class Options:
     registry: Registry = field(default_factory=lambda: Registry(sort="local"))
     brokers: tuple[Broker, ...] = ()
     largest_artifact: int = 64 << 30
+    worker_environment: Mapping[str, str] = field(default_factory=dict)
+    p2p_tls: bool = False
 
 
 class Background:

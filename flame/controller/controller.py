@@ -32,7 +32,7 @@ from flame.notifier import Notifier
 from flame.runners.base import Runner, WorkerExit, WorkerInfo
 from flame.spec.nouns import JobForm, Registry, TaskConfig
 from flame.spec.people import DEFAULT_PROJECT
-from flame.spec.records import Event, Job, JobState, Manifest, Round, Task
+from flame.spec.records import Event, Job, JobState, Manifest, P2pTls, Round, Task
 from flame.store import Store
 
 #: Slots a core, where nobody has said how many workers a host takes.
@@ -367,7 +367,16 @@ class Controller:
             code=job.code,
             job_key=self.context.keys.job(job.id),
             attempt=attempt,
+            p2p_tls=self._certificate(job, task, attempt) if self.context.options.p2p_tls else None,
         )
+
+    def _certificate(self, job: Job, task: str, attempt: int) -> P2pTls:
+        """What a worker shows to the others of its job. The key is made here and kept nowhere."""
+        from flame.certificates import JobAuthority
+
+        authority = JobAuthority(bytes.fromhex(self.context.keys.job(job.id)), job.id, job.created_at)
+        pair = authority.issue(f"{task}.{attempt}")
+        return P2pTls(cert=pair.certificate, key=pair.key, ca=authority.certificate)
 
     def _filled(self, config: TaskConfig) -> TaskConfig:
         options = self.context.options

@@ -138,6 +138,7 @@ class Crew:
             job=self._job,
             attempt=worker.attempt,
             environment={
+                **options.worker_environment,
                 "FLAME_SERVER": options.server,
                 "FLAME_TASK": worker.task,
                 "FLAME_TASK_KEY": keys.task(worker.task, worker.attempt),

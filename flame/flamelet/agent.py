@@ -33,6 +33,8 @@ Final = dict[str, Any]
 
 #: How Python runs a role's script.
 LAUNCHER = ("-m", "flame.sdk.launch")
+#: What is the flamelet's alone, and not for the code that it runs.
+_OWN_SECRETS = frozenset({"FLAME_TASK_KEY", "FLAME_TLS_KEY"})
 #: What the child says that the server is told as it is.
 _REPORTS = frozenset({"metrics", "round", "warning", "waiting", "model", "join", "leave"})
 #: Seconds for a process that left the child's group and still holds the link.
@@ -63,7 +65,7 @@ class Agent:
 
     def __init__(self, settings: Settings, environment: dict[str, str]) -> None:
         self._settings = settings
-        self._environment = {name: value for name, value in environment.items() if name != "FLAME_TASK_KEY"}
+        self._environment = {name: value for name, value in environment.items() if name not in _OWN_SECRETS}
         self._patience = settings.orphan_after
         self._work_dir = Path(settings.work_dir).absolute()
         self._work_dir.mkdir(parents=True, exist_ok=True)
@@ -213,7 +215,21 @@ class Agent:
             "FLAME_TASK": self._settings.task,
             "FLAME_ATTEMPT": str(self._settings.attempt),
             "FLAME_ARTIFACTS": str(artifacts),
+            **self._p2p_tls(manifest),
         }
+
+    def _p2p_tls(self, manifest: Manifest) -> dict[str, str]:
+        """The files with which the child speaks TLS with its peers. Those that its machine's owner names come first."""
+        given = manifest.p2p_tls
+        if given is None or "FLAME_P2P_TLS_CERT" in self._environment:
+            return {}
+        named = {}
+        for name, text in (("cert", given.cert), ("key", given.key), ("ca", given.ca)):
+            path = self._work_dir / f"p2p-{name}.pem"
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
+                file.write(text)
+            named[f"FLAME_P2P_TLS_{name.upper()}"] = str(path)
+        return named
 
     async def _heed(self, child: Child) -> None:
         """Act on what the child says on the link."""

@@ -214,16 +214,26 @@ class Event(Record, kw_only=True):
     data: dict[str, Any] = field(default_factory=dict)
 
 
+class P2pTls(Record, kw_only=True):
+    """A worker's certificate and key, and the authority of its job, which has issued those of all its peers (PEM)."""
+
+    cert: str
+    key: str
+    ca: str
+
+
 class Manifest(Record, kw_only=True):
     """What a flamelet fetches for a task: the configuration, and the role's code by digest.
 
-    ``job_key`` (32 bytes, hex) is the secret that the job's workers share to know each other.
+    ``job_key`` (32 bytes, hex) is the secret that the job's workers share to know each other. ``p2p_tls``: with what they
+    speak TLS with each other, where the server is set so.
     """
 
     config: TaskConfig
     code: str
     job_key: str
     attempt: int
+    p2p_tls: P2pTls | None = None
 
 
 class Report(Record, kw_only=True):
