@@ -52,13 +52,13 @@ _ROLES: dict[Access, frozenset[UserRole]] = {
 class Scope(NamedTuple):
     """To whom a thing belongs.
 
-    :ivar project: whose users may work with it.
+    :ivar project: whose users may work with it; None: it is the server's, and belongs to no project.
     :ivar owner: who has made it.
     :ivar participants: whose data it is about.
     :ivar public: everyone may see it who may call the route.
     """
 
-    project: str = DEFAULT_PROJECT
+    project: str | None = DEFAULT_PROJECT
     owner: str = ""
     participants: frozenset[str] = frozenset()
     public: bool = False
@@ -107,5 +107,5 @@ def check_scope(principal: Principal, access: Access, scope: Scope, what: str) -
         return
     if access is Access.OWNER and principal.name != scope.owner:
         raise Forbidden(f"Only {scope.owner or 'an admin'} and admins may do this to {what}.")
-    if access in (Access.WRITE, Access.OFFER) and scope.project not in principal.projects:
+    if access in (Access.WRITE, Access.OFFER) and scope.project not in (None, *principal.projects):
         raise Forbidden(f"Only users of the project {scope.project!r} may do this to {what}.")

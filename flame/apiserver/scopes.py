@@ -48,19 +48,19 @@ async def _task(controller: Controller, id: str, asking: Principal) -> Scope | N
     return None if job is None else Scope(job.project, job.owner, frozenset({task.owner}) - {""})
 
 
-async def server_s(controller: Controller, id: str, asking: Principal) -> Scope | None:
+async def _of_server(controller: Controller, id: str, asking: Principal) -> Scope | None:
     """A thing of the server itself; the route's access says all, or its handler looks closer."""
-    return Scope(public=True)
+    return Scope(None, public=True)
 
 
 #: By resource, the word behind ``/v1/``.
 SCOPES: dict[str, Finder] = {
-    "bundles": server_s,  # shown by its handler to whoever sees a design or a job with it
+    "bundles": _of_server,  # shown by its handler to whoever sees a design or a job with it
     "designs": _design,
     "datasets": _dataset,
     "jobs": _job,
     "tasks": _task,
-    "users": server_s,
-    "tokens": server_s,  # one's own, as its handler says
-    "projects": server_s,
+    "users": _of_server,
+    "tokens": _of_server,  # one's own, as its handler says
+    "projects": _of_server,
 }
