@@ -21,9 +21,10 @@ from flame.spec.people import DEFAULT_PROJECT, Principal, UserRole
 
 #: Signatures that are accepted: none that rests on a shared secret, and not "none".
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA")
-#: Seconds for which keys are good without another look, and after which an unknown key is looked for again.
+#: Seconds for which keys are good without another look, after which an unknown key is looked for again, and any at all.
 KEPT = 600.0
 AGAIN = 30.0
+SOON = 2.0
 #: Seconds that the provider gets, and the most bytes that it may answer.
 PATIENCE = 10.0
 _MOST = 1 << 20
@@ -137,7 +138,7 @@ class Oidc:
         async with self._fetching:
             now = time.monotonic()
             stale = now - self._fetched > KEPT
-            if (stale or kid not in self._keys) and now - self._tried > (0.0 if not self._keys else AGAIN):
+            if (stale or kid not in self._keys) and now - self._tried > (AGAIN if self._keys else SOON):
                 self._tried = now
                 try:
                     self._keys = await self._fetch()
@@ -145,6 +146,8 @@ class Oidc:
                 except ServerUnreachable:
                     if kid not in self._keys:
                         raise
+        if not self._keys:
+            raise ServerUnreachable(f"The identity provider {self._settings.issuer} did not answer a moment ago.")
         if kid not in self._keys:
             raise Unauthorized("This token is signed with a key that your identity provider does not know.")
         return self._keys[kid]

@@ -88,7 +88,7 @@ class World:
             self.tokens[name] = made.token.token
         revoked = await accounts.create_token(TokenForm(user="ada"), LOCAL)
         await accounts.revoke(revoked.id, LOCAL)
-        expired = await accounts.create_token(TokenForm(user="ada", days=1e-9), LOCAL)
+        expired = await accounts.create_token(TokenForm(user="ada", days=1e-12), LOCAL)
         self.tokens |= {"revoked": revoked.token, "expired": expired.token}
 
     async def team(self, project: str, code: str, user: str, participant: str) -> None:
