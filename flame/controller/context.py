@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from flame.artifacts import Artifacts
 from flame.controller.artifacts import JobArtifacts
 from flame.controller.bundles import Bundles
@@ -19,16 +21,30 @@ from flame.controller.shelf import Shelf
 from flame.notifier import Notifier
 from flame.runners.base import Runner
 from flame.spec.nouns import Broker, Registry
-from flame.spec.records import DatasetRecord, Design, Job, Task
+from flame.spec.records import DatasetRecord, Design, Invite, Job, Task
 from flame.store import Store
 
 log = logging.getLogger("flame.controller")
 
 
 class StoredTask(Task, kw_only=True):
-    """A task with what the server alone needs to know of it: how many lost workers were replaced."""
+    """A task with what the server alone needs to know of it.
+
+    :ivar replaced: how many lost workers were replaced.
+    :ivar holder: by which the participant who has taken it is known again: the SHA-256 of its secret.
+    :ivar invite: the id of the invite that the participant came with.
+    """
 
     replaced: int = 0
+    holder: str | None = None
+    invite: str | None = None
+
+
+class StoredInvite(Invite, kw_only=True):
+    """An invite with what only the server keeps: its token's digest, and who has come with it, by the digests of their secrets."""
+
+    digest: str
+    holders: list[str] = msgspec.field(default_factory=list)
 
 
 def public(task: StoredTask) -> Task:
@@ -139,6 +155,7 @@ class Context:
         self.jobs: Shelf[Job] = Shelf(store, "jobs", Job)
         self.tasks: Shelf[StoredTask] = Shelf(store, "tasks", StoredTask)
         self.designs: Shelf[Design] = Shelf(store, "designs", Design)
+        self.invites: Shelf[StoredInvite] = Shelf(store, "invites", StoredInvite)
         self.datasets: Shelf[DatasetRecord] = Shelf(store, "datasets", DatasetRecord)
 
     @property

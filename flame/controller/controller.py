@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -22,6 +23,7 @@ from flame.controller.catalog import Catalog
 from flame.controller.context import Context, Options, public
 from flame.controller.events import Admit, Kill, Pause, Resume, Start, Stop
 from flame.controller.keys import Keys
+from flame.controller.participants import Participants
 from flame.controller.placement import Waiting, admit, priority
 from flame.controller.recovery import recover
 from flame.controller.shelf import Saved
@@ -33,6 +35,7 @@ from flame.runners.base import Runner, WorkerExit, WorkerInfo
 from flame.spec.nouns import JobForm, Registry, TaskConfig
 from flame.spec.people import DEFAULT_PROJECT
 from flame.spec.records import Event, Job, JobState, Manifest, P2pTls, Round, Task
+from flame.spec.topology import other_end
 from flame.store import Store
 
 #: Slots a core, where nobody has said how many workers a host takes.
@@ -67,6 +70,7 @@ class Controller:
         self.accounts = Accounts(store)
         self.catalog = Catalog(self.context)
         self._submission = Submission(self.context, self.catalog)
+        self.participants = Participants(self)
         self._active: dict[str, Supervisor] = {}
         self._of_task: dict[str, Supervisor] = {}
         self._waking = asyncio.Lock()
@@ -229,6 +233,7 @@ class Controller:
             await context.store.drop(rounds_stream(id))
             await context.logs.remove(id)
             await context.artifacts.remove(id)
+            await self.participants.forget(id)
             await context.jobs.delete(id)
         await self.catalog.release(saved.record.code)
 
@@ -269,6 +274,10 @@ class Controller:
     def used(self) -> int:
         """How many workers there are, or have been promised room."""
         return sum(supervisor.room for supervisor in self._active.values())
+
+    def supervisor(self, job: str) -> Supervisor | None:
+        """What sees to a job that is under way; None for any other."""
+        return self._active.get(job)
 
     def active(self) -> list[Job]:
         """The jobs that are under way."""
@@ -363,7 +372,7 @@ class Controller:
         job = supervisor.job
         assert job.code is not None
         return Manifest(
-            config=self._filled(supervisor.task(task).config),
+            config=self._filled(_without_absent(supervisor, supervisor.task(task).config)),
             code=job.code,
             job_key=self.context.keys.job(job.id),
             attempt=attempt,
@@ -457,4 +466,23 @@ class Controller:
 
 def _place(supervisor: Supervisor) -> Waiting:
     job = supervisor.job
-    return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, len(supervisor.tasks))
+    return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, supervisor.workers)
+
+
+def _without_absent(supervisor: Supervisor, config: TaskConfig) -> TaskConfig:
+    """A configuration that says to wait at the start for those alone who are there: participants may come later, or never."""
+    absent = Counter(
+        (task.role, channel, group)
+        for task in supervisor.tasks
+        if supervisor.waits(task.id)
+        for channel, group in task.config.group_association.items()
+    )
+    if not absent:
+        return config
+    peers = {
+        channel.name: config.peers[channel.name]
+        - absent[other_end(channel, config.role), channel.name, config.group_association[channel.name]]
+        for channel in config.channels
+        if channel.name in config.peers
+    }
+    return msgspec.structs.replace(config, peers=peers)

@@ -107,17 +107,30 @@ class Supervisor:
         """How many workers it has, or has been promised room for."""
         if not self.admitted:
             return 0
-        return sum(bool(task.live) or not task.state.ended for task in self._life.tasks.values())
+        mine = (task for task in self._life.tasks.values() if not task.brought)
+        return sum(bool(task.live) or not task.state.ended for task in mine)
+
+    @property
+    def workers(self) -> int:
+        """How many workers it needs of Flame; participants bring theirs."""
+        return sum(not task.brought for task in self._life.tasks.values())
+
+    def waits(self, task: str) -> bool:
+        """Whether a task waits for its participant."""
+        return self._life.tasks[task].waits
 
     def worker(self, task: str, attempt: int) -> Worker:
         """The worker that speaks for this attempt.
 
         :raises flame.errors.Forbidden: there is a newer attempt, or there never was this one.
         """
-        newest = self._life.tasks[task].attempt
+        life = self._life.tasks[task]
+        newest = life.attempt
         worker = self._crew.get(task, attempt)
         if attempt != newest or worker is None:
             raise Forbidden(f"Attempt {attempt} of task {task} is over: the newest is {newest}.")
+        if life.brought and worker.gone.is_set():
+            raise Forbidden(f"Attempt {attempt} of task {task} is over: it has left.")
         return worker
 
     # ------------------------------------------------------------------------------------------ what happens
@@ -142,19 +155,55 @@ class Supervisor:
         """Let something happen that nobody will say again: while the store fails, try again."""
         await surely(partial(self.handle, event), self.id)
 
+    def check_claim(self, task: str) -> None:
+        """Whether a participant may take a task now.
+
+        :raises flame.errors.Conflict: there is nothing to take part in.
+        """
+        lifecycle.step(self._life, events.Claim(task))
+
+    async def claim(self, task: str, **holder: str | None) -> None:
+        """A participant takes a task, or takes it anew.
+
+        :param holder: what is written down about the participant.
+        :raises flame.errors.Conflict: there is nothing to take part in.
+        """
+        async with self._lock:
+            after, actions = lifecycle.step(self._life, events.Claim(task))
+            await self._ledger.save_task(task, **holder)
+            await self._commit(after, actions)
+
+    async def evict(self, task: str, message: str) -> None:
+        """A participant may not take part any more: its worker is told, and its place is free."""
+        life = self._life.tasks[task]
+        if life.live:
+            await self._tell(task, life.attempt, "stop", {"reason": message})
+            await self.handle(events.Terminated(task, life.attempt, self._cause(task, life.attempt, message)))
+        async with self._lock:
+            await self._ledger.save_task(task, participant=None, holder=None, invite=None)
+
     async def resume(self, workers: Sequence[WorkerInfo], history: History) -> None:
         """Go on with a job that an earlier process of the server has begun.
 
         :param workers: those of this job that the runner really has.
         :param history: what the job's stream says.
         """
-        there = {(info.task, info.attempt): info for info in workers}
+        there: dict[tuple[str, int], WorkerInfo | None] = {(info.task, info.attempt): info for info in workers}
+        for task in self.tasks:  # nobody can list what participants have; if one is not there, its lease will tell
+            if task.config.from_user and task.state in (TaskState.DEPLOYING, TaskState.RUNNING):
+                there[task.id, task.attempt] = None
         await self._rendezvous.load()
         told = {key: await self._context.store.read(task_stream(*key)) for key in there}
         begun = {key for key, stream in told.items() if any(event.type == "start" for event in stream)}
         # From here to the next await nothing can end in between.
         for key, info in there.items():
-            worker = self._crew.adopt(info, self._life.tasks[info.task].role)
+            if info is None:
+                worker = self._crew.welcome(*key)
+                options = self._context.options
+                self._context.leases.begin((self.id, *key), max(options.lease, options.reunion))
+                worker.heard = True
+            else:
+                worker = self._crew.adopt(info, self._life.tasks[info.task].role)
             worker.acked = history.heard.get(key, 0)
             worker.begun = key in begun
         self._life = with_workers(self._life, set(there), begun)
@@ -227,6 +276,11 @@ class Supervisor:
                 worker.acked = fresh[-1][0].seq
         return worker.acked
 
+    def parted(self, task: str, attempt: int) -> None:
+        """A worker has said how its task ended: it is about to go."""
+        if worker := self._crew.get(task, attempt):
+            worker.parted.set()
+
     def _cause(self, task: str, attempt: int, message: str) -> Failure:
         tail = self._context.logs.tail(self.id, task, attempt)
         role = self._life.tasks[task].role
@@ -247,11 +301,13 @@ class Supervisor:
                 await self.handle(events.Running(task, attempt))
             case said.StateData(state="completed"):
                 await self.handle(events.Completed(task, attempt))
+                self.parted(task, attempt)
             case said.StateData(state=state):
                 tail = self._context.logs.tail(self.id, task, attempt)
                 failure = said.failure_of(data, task, role, attempt, tail)
                 kind = events.Failed if state == "failed" else events.Terminated
                 await self.handle(kind(task, attempt, failure))
+                self.parted(task, attempt)
             case said.JoinData():
                 await self._rendezvous.join(task, role, data.channel, data.group, {**data.member, "attempt": attempt})
             case said.LeaveData():
@@ -304,6 +360,11 @@ class Supervisor:
         match action:
             case events.Ask(task=task, attempt=attempt, delay=delay):
                 self._crew.begin(task, attempt, self._life.tasks[task].role, delay)
+            case events.Expect(task=task, attempt=attempt):
+                self._crew.welcome(task, attempt)
+            case events.Release(task=task, attempt=attempt):
+                self._crew.release(task, attempt)
+                context.background.spawn(context.notifier.drop(task_stream(task, attempt)))
             case events.Begin(task=task, attempt=attempt):
                 context.background.spawn(self._tell(task, attempt, "start", {"attempt": attempt}))
             case events.End(task=task, attempt=attempt, reason=reason, parting=parting):

@@ -30,6 +30,8 @@ class Worker:
     :ivar info: the runner's address of it, once it has been started.
     :ivar started: set when the start has come to an end, well or badly.
     :ivar gone: set when nothing of it is left.
+    :ivar parted: set when it has said how its task ended.
+    :ivar brought: a participant has started it, so nobody but the participant can end it.
     """
 
     def __init__(self, task: str, attempt: int) -> None:
@@ -44,6 +46,8 @@ class Worker:
         self.unwanted = asyncio.Event()
         self.started = asyncio.Event()
         self.gone = asyncio.Event()
+        self.parted = asyncio.Event()
+        self.brought = False
 
 
 class Crew:
@@ -95,6 +99,21 @@ class Crew:
         self._context.logs.open(self._job, task, attempt)
         self._context.leases.begin((self._job, task, attempt), self._context.options.deploy + delay)
         return worker
+
+    def welcome(self, task: str, attempt: int) -> Worker:
+        """A participant starts this worker, or has started it under an earlier process of the server."""
+        worker = self.expect(task, attempt)
+        worker.brought = True
+        worker.started.set()
+        return worker
+
+    def release(self, task: str, attempt: int) -> None:
+        """A participant's worker has left, or has no right to be there any more: it is not let in again."""
+        worker = self._workers.get((task, attempt))
+        if worker is not None and not worker.gone.is_set():
+            worker.gone.set()
+            self._context.leases.drop((self._job, task, attempt))
+            self._context.logs.close(self._job, task, attempt)
 
     def adopt(self, info: WorkerInfo, role: str) -> Worker:
         """An earlier process of the server has started this worker, and it is there: it has some time to come back."""
@@ -158,6 +177,9 @@ class Crew:
 
     async def _end(self, worker: Worker, role: str, parting: bool) -> None:
         await worker.started.wait()
+        if worker.brought:
+            await self._part(worker, role, parting)
+            return
         if parting:
             try:
                 async with asyncio.timeout(self._context.options.parting):
@@ -175,6 +197,18 @@ class Crew:
                 pause = min(2 * pause, 30.0)
         if not worker.gone.is_set():
             await self._gone(worker, self._failure(worker, role, "Its worker was ended."))
+
+    async def _part(self, worker: Worker, role: str, parting: bool) -> None:
+        """A participant's worker ends by itself, or is left to its owner, and let in no more."""
+        options = self._context.options
+        patience = options.parting if parting else options.grace + options.parting
+        try:
+            async with asyncio.timeout(patience):
+                await worker.parted.wait()
+        except TimeoutError:
+            log.warning("job %s: the participant's worker of %s says nothing more", self._job, worker.task)
+        if not worker.gone.is_set():
+            await self._gone(worker, self._failure(worker, role, "Its participant was told to end it."))
 
     async def _exit(self, worker: Worker, how: WorkerExit, role: str) -> None:
         await worker.started.wait()

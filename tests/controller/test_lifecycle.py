@@ -431,7 +431,7 @@ def events(draw: st.DrawFn) -> Event:
     st.booleans(),
     st.integers(0, 3),
 )
-def test_any_order_of_events_keeps_the_promises(  # noqa: PLR0917
+def test_any_order_of_events_keeps_the_promises(
     history: list[Event], fewest: int | None, head: int, restarts: bool, restart: Restart, pauses: bool, brought: int
 ) -> None:
     job = new(trainers=3, fewest=fewest, restart=restart, pauses=pauses, brought=brought)
