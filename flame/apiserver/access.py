@@ -75,7 +75,7 @@ class Guard:
             raise Forbidden("Pages of other sites may not call this server.")
         if self.trusting and not self._known(request.host):
             raise Forbidden(f"This server is not called {request.host!r}: use its address, or start it with a token.")
-        if access is Access.OPEN:
+        if access in (Access.OPEN, Access.INVITED):  # invites are opened by who has made them
             return NOBODY
         if access is Access.WORKER:
             if self._certificates and not _certificate(request):

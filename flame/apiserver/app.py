@@ -17,16 +17,17 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from flame.apiserver import answers, bundles, datasets, designs, jobs, people, server, tasks, workers
-from flame.apiserver.access import Guard
+from flame.apiserver import answers, bundles, datasets, designs, jobs, participants, people, server, tasks, workers
+from flame.apiserver.access import Guard, bearer
 from flame.apiserver.audit import Audit
+from flame.apiserver.participants import INVITE
 from flame.apiserver.permissions import Access, check_role, check_scope
 from flame.apiserver.routes import Call, Route
 from flame.apiserver.scopes import SCOPES
 from flame.apiserver.server import Attachments
 from flame.controller.controller import Controller
 from flame.errors import FlameError, NotFound, ServerError, Unauthorized, UsageError
-from flame.spec.people import Principal
+from flame.spec.people import Principal, UserRole
 from flame.spec.shape import shape
 
 log = logging.getLogger("flame.apiserver")
@@ -45,6 +46,7 @@ ROUTES: tuple[Route, ...] = (
     *jobs.ROUTES,
     *tasks.ROUTES,
     *workers.ROUTES,
+    *participants.ROUTES,
 )
 
 Endpoint = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -88,6 +90,9 @@ class Api:
 
         async def serve(request: web.Request, asking: list[Principal]) -> web.StreamResponse:
             principal = await self.guard.admit(request, route.access)
+            if route.access is Access.INVITED:
+                request[INVITE] = invite = await self.controller.participants.open(bearer(request))
+                principal = Principal(f"invite {invite.id}", UserRole.PARTICIPANT, ())
             asking.append(principal)
             await permit(request, principal)
             query = ask(request)
@@ -129,7 +134,7 @@ class Api:
     def _permitter(self, route: Route) -> Callable[[web.Request, Principal], Awaitable[None]]:
         """What refuses those who may not call a route, or not about this thing."""
         tag, one = route.tag, route.names_one
-        guarded = route.access not in (Access.OPEN, Access.WORKER)
+        guarded = route.access not in (Access.OPEN, Access.WORKER, Access.INVITED)
         if guarded and one is not None and tag not in SCOPES:
             raise LookupError(f"{route.method} {route.path}: say in flame/apiserver/scopes.py to whom {tag} belong.")
         find = SCOPES[tag] if guarded and one is not None else None

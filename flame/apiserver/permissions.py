@@ -29,6 +29,7 @@ class Access(enum.Enum):
     OWNER = "who has made the thing, admins"
     ADMIN = "admins"
     WORKER = "the task's own worker, with the task's key for that attempt"
+    INVITED = "whoever holds an invite to a job, for that job"
 
     def lets_in(self, role: UserRole) -> bool:
         """Whether somebody of this role may call at all; about which things is another question."""
@@ -46,6 +47,7 @@ _ROLES: dict[Access, frozenset[UserRole]] = {
     Access.OWNER: _EVERYONE - {UserRole.VIEWER},
     Access.ADMIN: frozenset({UserRole.ADMIN}),
     Access.WORKER: frozenset(),
+    Access.INVITED: frozenset(),
 }
 
 

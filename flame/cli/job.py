@@ -6,6 +6,7 @@ import asyncio
 
 import click
 
+from flame.cli import invites as invite_commands
 from flame.cli import logs as log_copy
 from flame.cli import names, output, result
 from flame.cli.app import CONTEXT, FAILED, ask, examples, output_option, server_option, set_option
@@ -318,3 +319,7 @@ def _show(jobs: list[Job], how: str, *, alone: bool = False) -> None:
         output.table(["ID", "NAME", "STATE", "CREATED", "TOOK"], rows)
 
     output.show(jobs[0] if alone else jobs, how, table)
+
+
+for _command in (invite_commands.invite, invite_commands.invites, invite_commands.uninvite):
+    job.add_command(_command)

@@ -10,6 +10,7 @@ _COMMANDS = {
     "run": ("flame.cli.run:run", "Run a job to its end and watch it."),
     "serve": ("flame.cli.serve:serve", "Run a server."),
     "job": ("flame.cli.job:job", "Create, start, follow, stop jobs; read their logs."),
+    "join": ("flame.cli.join:join", "Take part in a job with your own machine and data."),
     "task": ("flame.cli.task:task", "The tasks of a job: list, get, logs, delete."),
     "design": ("flame.cli.design:design", "Named workflows: a schema and the code of its roles."),
     "schema": ("flame.cli.schema:schema", "The topology of a design; draw it."),

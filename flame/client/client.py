@@ -9,6 +9,7 @@ from flame.client import config
 from flame.client.http import Session
 from flame.client.jobs import Jobs, Tasks
 from flame.client.local import running
+from flame.client.participant import Invites
 from flame.client.people import Deed, Projects, Tokens, Users
 from flame.client.resources import Codes, Datasets, Designs, Page, Schemas, ServerInfo
 from flame.client.tls import Tls
@@ -42,6 +43,7 @@ class Client:
         self.users = Users(self._session)
         self.tokens = Tokens(self._session)
         self.projects = Projects(self._session)
+        self.invites = Invites(self._session)
 
     @property
     def server(self) -> str:

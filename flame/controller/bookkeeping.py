@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from flame.controller.context import StoredTask
 from flame.controller.events import Action, Clock, Enter, Warn
-from flame.controller.lifecycle import JobLife, TaskLife, quorums
+from flame.controller.lifecycle import JobLife, TaskLife, missing, quorums
 from flame.spec.nouns import RoundPolicy
 from flame.spec.records import Event, Job, JobState, Round, Task, TaskState
 
@@ -58,6 +58,7 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
                     connected=task.state is not TaskState.DEPLOYING and task.attempt > 0,
                     replaced=task.replaced,
                     failure=task.failure,
+                    brought=task.config.from_user,
                 )
                 for task in tasks
             }
@@ -103,10 +104,18 @@ def fewest_of(policy: RoundPolicy) -> int | None:
 def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]:
     """What changes in a task's record; empty where only something changed that no record holds."""
     fields: dict[str, Any] = {}
-    if after.attempt != before.attempt:
+    if after.brought and (after.attempt != before.attempt or after.waits is not before.waits):
+        fields = {
+            "attempt": after.attempt,
+            "reason": "Its participant has left; it may come back." if after.waits else "Its participant starts it.",
+        }
+        if after.attempt != before.attempt:
+            fields["started_at"] = now
+    elif after.attempt != before.attempt:
         fields = {
             "attempt": after.attempt,
             "started_at": now,
+            "compute": None,
             "worker": None,
             "reason": "Its worker is being started.",
         }
@@ -114,7 +123,7 @@ def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]
         fields["replaced"] = after.replaced
     if after.state is not before.state:
         fields["state"] = after.state
-        if after.state is not TaskState.DEPLOYING:
+        if after.state is not TaskState.DEPLOYING and not after.waits:
             fields["reason"] = None
         if after.state.ended:
             fields |= {"ended_at": now, "failure": after.failure}
@@ -143,6 +152,8 @@ def job_fields(job: Job, before: JobLife, after: JobLife, actions: Iterable[Acti
                 warnings.append(message)
             case _:
                 pass
+    if (short := missing(after)) != missing(before) or (short and "reason" in fields):
+        fields["reason"] = _lacks(short) if short and after.state is JobState.DEPLOYING else None
     if after.failure is not before.failure:
         fields["failure"] = after.failure
     if after.state is JobState.FAILED:
@@ -150,6 +161,11 @@ def job_fields(job: Job, before: JobLife, after: JobLife, actions: Iterable[Acti
     if warnings != job.warnings:
         fields["warnings"] = list(dict.fromkeys(warnings))[:WARNINGS]
     return fields
+
+
+def _lacks(count: int) -> str:
+    who = "1 participant" if count == 1 else f"{count} participants"
+    return f"It waits for {who}: `flame job invite JOB` makes a token, and `flame join` takes part with it."
 
 
 def also_failed(job: JobLife) -> list[str]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from flame.artifacts import Artifacts
 from flame.controller.artifacts import JobArtifacts
 from flame.controller.bundles import Bundles
-from flame.controller.computes import Computes
 from flame.controller.keys import Keys
 from flame.controller.leases import Leases
 from flame.controller.logs import Logs
@@ -20,19 +21,30 @@ from flame.controller.shelf import Shelf
 from flame.notifier import Notifier
 from flame.runners.base import Runner
 from flame.spec.nouns import Broker, Registry
-from flame.spec.records import ComputeRecord, DatasetRecord, Design, Job, Task
+from flame.spec.records import DatasetRecord, Design, Invite, Job, Task
 from flame.store import Store
 
 log = logging.getLogger("flame.controller")
 
-#: The compute that there is from the start: the server's own host.
-DEFAULT = "local"
-
 
 class StoredTask(Task, kw_only=True):
-    """A task with what the server alone needs to know of it: how many lost workers were replaced."""
+    """A task with what the server alone needs to know of it.
+
+    :ivar replaced: how many lost workers were replaced.
+    :ivar holder: by which the participant who has taken it is known again: the SHA-256 of its secret.
+    :ivar invite: the id of the invite that the participant came with.
+    """
 
     replaced: int = 0
+    holder: str | None = None
+    invite: str | None = None
+
+
+class StoredInvite(Invite, kw_only=True):
+    """An invite with what only the server keeps: its token's digest, and who has come with it, by the digests of their secrets."""
+
+    digest: str
+    holders: list[str] = msgspec.field(default_factory=list)
 
 
 def public(task: StoredTask) -> Task:
@@ -46,7 +58,7 @@ class Options:
 
     :ivar data_dir: the server's data directory.
     :ivar server: the address at which workers reach the server.
-    :ivar slots: how many workers may be on the default compute at once; None: what is registered, or it says itself.
+    :ivar slots: how many workers may be there at once; None: what the runner says.
     :ivar lease: after how many seconds without a word a worker counts as lost.
     :ivar deploy: after how many seconds a worker counts as lost that has never said a word.
     :ivar reunion: after how many seconds a worker counts as lost, at the earliest, that a restarted server has not heard of:
@@ -112,29 +124,29 @@ class Background:
 class Context:
     """The controller's surroundings: state, streams, computes, files, keys and the operator's choices.
 
-    :param make: makes the runner of a compute.
     :param artifacts: where artifacts are kept.
     :param lost: told the key of a lease that ran out, ``(job, task, attempt)``.
+    :param freed: called when a worker is gone or a job has ended, that is, when others may have room.
     """
 
     def __init__(
         self,
         store: Store,
         notifier: Notifier,
-        make: Callable[[ComputeRecord], Runner],
+        runners: Mapping[str, Runner],
         keys: Keys,
         options: Options,
         *,
         artifacts: Artifacts,
         lost: Callable[[Any], None],
+        freed: Callable[[], None],
     ) -> None:
         self.store = store
         self.notifier = notifier
+        self.runners = runners
         self.keys = keys
         self.options = options
-        slots = {DEFAULT: options.slots} if options.slots else {}
-        self.compute_shelf: Shelf[ComputeRecord] = Shelf(store, "computes", ComputeRecord)
-        self.computes = Computes(self.compute_shelf, make, server=options.server, slots=slots)
+        self.freed = freed
         self.leases = Leases(options.lease, lost)
         self.logs = Logs(options.data_dir / "logs", artifacts)
         self.artifacts = JobArtifacts(artifacts, options.largest_artifact)
@@ -143,4 +155,15 @@ class Context:
         self.jobs: Shelf[Job] = Shelf(store, "jobs", Job)
         self.tasks: Shelf[StoredTask] = Shelf(store, "tasks", StoredTask)
         self.designs: Shelf[Design] = Shelf(store, "designs", Design)
+        self.invites: Shelf[StoredInvite] = Shelf(store, "invites", StoredInvite)
         self.datasets: Shelf[DatasetRecord] = Shelf(store, "datasets", DatasetRecord)
+
+    @property
+    def runner(self) -> Runner:
+        """Where workers are started: the one compute there is."""
+        return self.runners[self.compute]
+
+    @property
+    def compute(self) -> str:
+        """The name of that compute."""
+        return next(iter(self.runners))

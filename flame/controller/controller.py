@@ -8,7 +8,9 @@ takes up again what an earlier process has left.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,13 +20,12 @@ from flame.artifacts import Artifacts, open_artifacts
 from flame.controller.accounts import Accounts
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
-from flame.controller.computes import clean
 from flame.controller.context import Context, Options, public
-from flame.controller.events import Kill, Pause, Resume, Start, Stop
+from flame.controller.events import Admit, Kill, Pause, Resume, Start, Stop
 from flame.controller.keys import Keys
-from flame.controller.placement import Decision, Waiting, admit, priority
+from flame.controller.participants import Participants
+from flame.controller.placement import Waiting, admit, priority
 from flame.controller.recovery import recover
-from flame.controller.register import Register
 from flame.controller.shelf import Saved
 from flame.controller.submission import Submission
 from flame.controller.supervisor import Supervisor
@@ -33,8 +34,12 @@ from flame.notifier import Notifier
 from flame.runners.base import Runner, WorkerExit, WorkerInfo
 from flame.spec.nouns import JobForm, Registry, TaskConfig
 from flame.spec.people import DEFAULT_PROJECT
-from flame.spec.records import ComputeRecord, Event, Job, JobState, Manifest, P2pTls, Round, Task
+from flame.spec.records import Event, Job, JobState, Manifest, P2pTls, Round, Task
+from flame.spec.topology import other_end
 from flame.store import Store
+
+#: Slots a core, where nobody has said how many workers a host takes.
+SLOTS_PER_CORE = 8
 
 
 class Controller:
@@ -42,7 +47,7 @@ class Controller:
 
     :param store: the state.
     :param notifier: the event streams.
-    :param make: makes the runner of a compute.
+    :param runners: the computes by name; the first is where workers are started.
     :param keys: what makes the workers' keys.
     :param options: what the operator has chosen.
     :param artifacts: where artifacts are kept; None: in the data directory.
@@ -52,42 +57,45 @@ class Controller:
         self,
         store: Store,
         notifier: Notifier,
-        make: Callable[[ComputeRecord], Runner],
+        runners: Mapping[str, Runner],
         keys: Keys,
         options: Options,
         *,
         artifacts: Artifacts | None = None,
     ) -> None:
         place = artifacts or open_artifacts(None, options.data_dir)
-        self.context = Context(store, notifier, make, keys, options, artifacts=place, lost=self._lease_lost)
-        self.computes = self.context.computes
-        self.computes.add_tenant(self)
-        self.register = Register(self.context)
+        self.context = Context(
+            store, notifier, runners, keys, options, artifacts=place, lost=self._lease_lost, freed=self._something_freed
+        )
         self.accounts = Accounts(store)
         self.catalog = Catalog(self.context)
         self._submission = Submission(self.context, self.catalog)
+        self.participants = Participants(self)
         self._active: dict[str, Supervisor] = {}
         self._of_task: dict[str, Supervisor] = {}
         self._waking = asyncio.Lock()
         self._looking = False
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self.slots: int | None = options.slots
 
     async def open(self) -> None:
         """Connect to the computes and take up what an earlier process of the server has left."""
-        await self.register.ensure_default()
-        await recover(self.context, self._watch)
+        await recover(self.context, self._watch, self._worker_exited)
         for job in self.context.logs.jobs():
             if job not in self._active:
                 self.context.background.spawn(self.context.logs.archive(job))
-        self.computes.settle()
-        self.freed()
+        if self.slots is None:
+            capacity = await self.context.runner.capacity()
+            self.slots = capacity.slots or SLOTS_PER_CORE * (os.cpu_count() or 1)
+        self._something_freed()
 
     async def close(self) -> None:
         """Let go. Workers go on; whatever was about to be done is done by the next process."""
         self.context.leases.close()
         await self.context.background.close()
-        await self.computes.close()
+        for runner in self.context.runners.values():
+            await runner.close()
 
     # -------------------------------------------------------------------------------------------------- jobs
 
@@ -162,7 +170,7 @@ class Controller:
         finally:
             if supervisor.state is JobState.READY:
                 self._forget(supervisor)
-        self.freed()
+        self._something_freed()
         return supervisor.job
 
     async def stop_job(self, id: str) -> Job:
@@ -202,7 +210,7 @@ class Controller:
         finally:
             if supervisor.state is JobState.READY:
                 self._forget(supervisor)
-        self.freed()
+        self._something_freed()
         return supervisor.job
 
     async def delete_job(self, id: str) -> None:
@@ -219,13 +227,13 @@ class Controller:
             for task in await context.tasks.all({"jobId": id}):
                 for attempt in range(1, task.record.attempt + 1):
                     await context.notifier.drop(task_stream(task.id, attempt))
-                    info = WorkerInfo(task.id, id, attempt, task.record.worker or "")
-                    await clean(context.computes, task.record.compute, info)
+                    await context.runner.clean(WorkerInfo(task.id, id, attempt, task.record.worker or ""))
                 await context.tasks.delete(task.id)
             await context.notifier.drop(job_stream(id))
             await context.store.drop(rounds_stream(id))
             await context.logs.remove(id)
             await context.artifacts.remove(id)
+            await self.participants.forget(id)
             await context.jobs.delete(id)
         await self.catalog.release(saved.record.code)
 
@@ -265,7 +273,11 @@ class Controller:
     @property
     def used(self) -> int:
         """How many workers there are, or have been promised room."""
-        return self.computes.used
+        return sum(supervisor.room for supervisor in self._active.values())
+
+    def supervisor(self, job: str) -> Supervisor | None:
+        """What sees to a job that is under way; None for any other."""
+        return self._active.get(job)
 
     def active(self) -> list[Job]:
         """The jobs that are under way."""
@@ -360,7 +372,7 @@ class Controller:
         job = supervisor.job
         assert job.code is not None
         return Manifest(
-            config=self._filled(supervisor.task(task).config),
+            config=self._filled(_without_absent(supervisor, supervisor.task(task).config)),
             code=job.code,
             job_key=self.context.keys.job(job.id),
             attempt=attempt,
@@ -424,23 +436,12 @@ class Controller:
         if job in self._active:
             self._active[job].silent(task, attempt)
 
-    # ---------------------------------------------------------------------- as a tenant of computes
+    def _worker_exited(self, info: WorkerInfo, how: WorkerExit) -> None:
+        supervisor = self._active.get(info.job)
+        if supervisor is not None:
+            supervisor.exited(info, how)
 
-    def owns(self, worker: WorkerInfo) -> bool:
-        """Whether a worker is one of a job that is under way."""
-        supervisor = self._active.get(worker.job)
-        return supervisor is not None and supervisor.owns(worker)
-
-    def exited(self, worker: WorkerInfo, how: WorkerExit) -> None:
-        """The runner has seen the end of a worker that nobody asked to end."""
-        self._active[worker.job].exited(worker, how)
-
-    def found(self, compute: str, workers: Sequence[WorkerInfo], asked: float) -> None:
-        """A compute is back, and has these workers of jobs."""
-        for supervisor in self._active.values():
-            supervisor.found(compute, [one for one in workers if one.job == supervisor.id], asked)
-
-    def freed(self) -> None:
+    def _something_freed(self) -> None:
         """There may be room for others; look at it once, when what happens now has happened."""
         if not self._looking:
             self._looking = True
@@ -452,15 +453,36 @@ class Controller:
             self._forget(supervisor)
             self.context.background.spawn(self.context.logs.archive(supervisor.id))
         waiting = {one.id: one for one in self._active.values() if one.state is JobState.STARTING and not one.admitted}
+        if not waiting:
+            return
         queue = [_place(supervisor) for supervisor in waiting.values()]
-        decision = admit(queue, self.computes.rooms()) if queue else Decision({}, {})
-        for job, chosen in decision.admitted.items():
-            waiting[job].admit(chosen)
-        self.computes.reserve(decision.reserved)
+        decision = admit(queue, self.used, self.slots)
+        for job in decision.admitted:
+            waiting[job].admitted = True
+            self.context.background.spawn(waiting[job].handle_surely(Admit()))
         for job, reason in decision.reasons.items():
             self.context.background.spawn(waiting[job].wait_for_room(reason))
 
 
 def _place(supervisor: Supervisor) -> Waiting:
     job = supervisor.job
-    return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, supervisor.needs())
+    return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, supervisor.workers)
+
+
+def _without_absent(supervisor: Supervisor, config: TaskConfig) -> TaskConfig:
+    """A configuration that says to wait at the start for those alone who are there: participants may come later, or never."""
+    absent = Counter(
+        (task.role, channel, group)
+        for task in supervisor.tasks
+        if supervisor.waits(task.id)
+        for channel, group in task.config.group_association.items()
+    )
+    if not absent:
+        return config
+    peers = {
+        channel.name: config.peers[channel.name]
+        - absent[other_end(channel, config.role), channel.name, config.group_association[channel.name]]
+        for channel in config.channels
+        if channel.name in config.peers
+    }
+    return msgspec.structs.replace(config, peers=peers)

@@ -50,6 +50,12 @@ class Steady(msgspec.Struct, frozen=True):
     attempt: int
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """A participant takes a task whose worker is its own, for the first time or anew."""
+
+    task: str
+
+
 class Connected(msgspec.Struct, frozen=True):
     """A flamelet follows its events."""
 
@@ -121,6 +127,7 @@ Event = (
     | TimeUp
     | Kill
     | Steady
+    | Claim
     | Connected
     | Running
     | Completed
@@ -144,6 +151,20 @@ class Ask(msgspec.Struct, frozen=True):
     task: str
     attempt: int
     delay: float = 0.0
+
+
+class Expect(msgspec.Struct, frozen=True):
+    """A participant starts a worker for this attempt: let it in."""
+
+    task: str
+    attempt: int
+
+
+class Release(msgspec.Struct, frozen=True):
+    """A participant's worker has left, or another one has taken its place: let it in no more."""
+
+    task: str
+    attempt: int
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -175,4 +196,4 @@ class Warn(msgspec.Struct, frozen=True):
     message: str
 
 
-Action = Enter | Ask | Begin | End | Clock | Warn
+Action = Enter | Ask | Expect | Release | Begin | End | Clock | Warn

@@ -32,6 +32,10 @@ A failed task fails the job, unless its role has a quorum (``policy.minTrainers`
 ``policy.minAggregators`` for others) that the rest of its workers still make. A job whose ``onFailure`` is ``pause`` is paused where
 another would fail.
 
+A task whose worker a participant brings is nobody's to start: it is ``ready`` until its participant claims it, and again
+when the participant has left, which is no failure. No worker is started, and none is told to begin, before there are enough
+participants for every role's quorum; from then on the job goes on without those who are missing, and they may come later.
+
 Everything that follows from the tasks' states is derived in one place, :func:`settle`. So a server that was killed
 between two writes finds its way again: it reads what is there, and settles.
 """
@@ -49,17 +53,20 @@ from flame.controller.events import (
     Admit,
     Ask,
     Begin,
+    Claim,
     Clock,
     Completed,
     Connected,
     End,
     Enter,
     Event,
+    Expect,
     Failed,
     Gone,
     Kill,
     Missing,
     Pause,
+    Release,
     Resume,
     Rewind,
     Running,
@@ -105,6 +112,7 @@ class TaskLife(msgspec.Struct, frozen=True):
     :ivar replaced: how many lost workers were replaced, since one has run for long.
     :ivar live: the attempts whose worker was asked for and is not known to be gone.
     :ivar ending: those of them that were asked to end.
+    :ivar brought: a participant starts its worker, not a runner.
     """
 
     id: str
@@ -116,6 +124,12 @@ class TaskLife(msgspec.Struct, frozen=True):
     live: frozenset[int] = frozenset()
     ending: frozenset[int] = frozenset()
     failure: Failure | None = None
+    brought: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """It waits for a participant."""
+        return self.brought and self.state is TaskState.READY
 
 
 class JobLife(msgspec.Struct, frozen=True):
@@ -175,9 +189,8 @@ def step(job: JobLife, event: Event) -> tuple[JobLife, list[Action]]:
         case Admit():
             if job.state is JobState.STARTING:
                 job = _enter(job, JobState.DEPLOYING, actions)
-                for task in job.tasks.values():
-                    if task.state is TaskState.READY:
-                        job = _ask(job, task, actions)
+        case Claim(task=id):
+            job = _claim(job, job.tasks[id], actions)
         case Stop():
             if job.state is JobState.READY or job.state.ended:
                 raise Conflict(_not_stoppable(job))
@@ -219,6 +232,10 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
     them to end once more, because ``ending`` is empty.
     """
     actions = [] if actions is None else actions
+    if job.state is JobState.DEPLOYING and gathered(job):
+        for task in job.tasks.values():
+            if task.state is TaskState.READY and not task.brought:
+                job = _ask(job, task, actions)
     if job.state in (JobState.DEPLOYING, JobState.RUNNING):
         for task in job.tasks.values():
             if task.state.ended:
@@ -226,9 +243,12 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
         broken = _broken_role(job)
         if broken is not None:
             job = _halt(job, broken.failure, f"task {broken.id} ({broken.role}) failed", actions)
-        elif job.state is JobState.DEPLOYING and all(_has_run(task) for task in job.tasks.values()):
+        elif job.state is JobState.DEPLOYING and _all_run(job):
             job = _enter(job, JobState.RUNNING, actions)
     if job.state is JobState.RUNNING and _work_is_done(job) and not any(task.live for task in job.tasks.values()):
+        for task in job.tasks.values():
+            if task.waits:  # it was done without
+                job = _set(job, replace(task, state=TaskState.TERMINATED))
         job = _enter(job, JobState.COMPLETED, actions)
     if job.state is JobState.PAUSING:
         for task in job.tasks.values():
@@ -254,6 +274,8 @@ def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
     """What is reported or seen of one worker."""
     assert isinstance(event, Steady | Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing)
     task = job.tasks[event.task]
+    if task.brought and event.attempt not in task.live:
+        return job  # it has left, or its place is taken
     if isinstance(event, Gone | Missing):
         task = replace(task, live=task.live - {event.attempt}, ending=task.ending - {event.attempt})
         job = _set(job, task)
@@ -264,7 +286,7 @@ def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
             job = _set(job, replace(task, replaced=0))
         case Connected() if not task.connected:
             job = _set(job, replace(task, connected=True))
-            if job.state in (JobState.DEPLOYING, JobState.RUNNING):
+            if job.state in (JobState.DEPLOYING, JobState.RUNNING) and gathered(job):
                 actions.append(Begin(task.id, task.attempt))
         case Running() if task.state is TaskState.DEPLOYING:
             job = _ran(job, replace(task, state=TaskState.RUNNING, connected=True), actions)
@@ -277,11 +299,13 @@ def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
                 job = _replace(job, task, failure, actions, parting=True)
             else:
                 job = _fail(job, task, failure, actions, parting=True)
-        case Missing() if job.state is not JobState.STOPPING and task.state is TaskState.DEPLOYING:
+        case Missing() if not task.brought and job.state is not JobState.STOPPING and task.state is TaskState.DEPLOYING:
             job = _ask(job, task, actions)
         case Terminated(failure=failure) | Silent(failure=failure) | Gone(failure=failure) | Missing(failure=failure):
             if job.state is JobState.STOPPING:
                 job = _set(job, replace(task, state=TaskState.TERMINATED))
+            elif task.brought:
+                job = _release(job, _afresh(task), actions)
             elif _replaceable(job, task, event):
                 job = _replace(job, task, failure, actions, parting=False)
             else:
@@ -303,7 +327,9 @@ def _replaceable(job: JobLife, task: TaskLife, event: Failed | Terminated | Sile
 
 
 def _replace(job: JobLife, task: TaskLife, failure: Failure, actions: list[Action], *, parting: bool) -> JobLife:
-    """Start the task again, under the next attempt."""
+    """Start the task again, under the next attempt. A participant's is free again: it starts its worker itself."""
+    if task.brought:
+        return _release(job, replace(_afresh(task), replaced=task.replaced + 1), actions)
     policy = job.restart.get(task.role, Restart())
     delay = min(LONGEST_BACKOFF, policy.backoff * 2.0 ** (task.replaced - 1)) if task.replaced else 0.0
     job = _end(job, task, "its worker is lost", actions, parting=parting)
@@ -318,6 +344,56 @@ def _ask(job: JobLife, task: TaskLife, actions: list[Action], delay: float = 0.0
     actions.append(Ask(task.id, attempt, delay))
     asked = replace(task, state=TaskState.DEPLOYING, attempt=attempt, connected=False, live=task.live | {attempt})
     return _set(job, asked)
+
+
+def _claim(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
+    """A participant takes a task. A worker of an earlier attempt is fenced off: only its owner can end it."""
+    if not task.brought or task.state.ended or job.state not in (JobState.DEPLOYING, JobState.RUNNING):
+        raise Conflict(_not_claimable(job, task))
+    if any(one.state is TaskState.COMPLETED for one in job.tasks.values()):
+        raise Conflict(f"Job {job.name!r} has had its last round: it takes nobody any more.")
+    before = gathered(job)
+    job = _release(job, task, actions)
+    attempt = task.attempt + 1
+    actions.append(Expect(task.id, attempt))
+    claimed = replace(
+        task,
+        state=TaskState.DEPLOYING,
+        attempt=attempt,
+        connected=False,
+        live=frozenset({attempt}),
+        ending=frozenset(),
+    )
+    job = _set(job, claimed)
+    if not before and gathered(job):
+        actions.extend(Begin(one.id, one.attempt) for one in job.tasks.values() if one.connected and one.live)
+    return job
+
+
+def _release(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
+    actions.extend(Release(task.id, attempt) for attempt in sorted(task.live))
+    return _set(job, replace(task, live=frozenset(), ending=frozenset()))
+
+
+def gathered(job: JobLife) -> bool:
+    """Whether there are enough participants for the job to begin. What has begun does not become undone when one leaves."""
+    if any(_has_run(task) or not (task.brought or task.state is TaskState.READY) for task in job.tasks.values()):
+        return True
+    there = dict.fromkeys(job.quorum, 0)
+    for task in job.tasks.values():
+        there[task.role] += not task.waits
+    return all(there[role] >= fewest for role, fewest in job.quorum.items())
+
+
+def missing(job: JobLife) -> int:
+    """How many participants are still needed for the job to begin."""
+    if gathered(job):
+        return 0
+    lacking = 0
+    for role, fewest in job.quorum.items():
+        there = sum(task.role == role and not task.waits for task in job.tasks.values())
+        lacking += max(0, fewest - there)
+    return lacking
 
 
 def _ran(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
@@ -383,16 +459,25 @@ def _has_run(task: TaskLife) -> bool:
     return task.state is TaskState.RUNNING or task.state.ended
 
 
+def _all_run(job: JobLife) -> bool:
+    """Every task's code was started, but for those that wait for a participant whom the job can begin without."""
+    tasks = job.tasks.values()
+    return all(_has_run(task) or task.waits for task in tasks) and any(_has_run(task) for task in tasks)
+
+
 def _work_is_done(job: JobLife) -> bool:
-    """Every task completed, but for those that the job can do without."""
-    return all(task.state.ended for task in job.tasks.values()) and _broken_role(job) is None
+    """Every task completed, but for those that the job can do without, and those whose participant has left."""
+    tasks = job.tasks.values()
+    ended = all(task.state.ended or task.waits for task in tasks)
+    return ended and any(task.state is TaskState.COMPLETED for task in tasks) and _broken_role(job) is None
 
 
 def _broken_role(job: JobLife) -> TaskLife | None:
     """A failed task of a role that no longer makes its quorum; None while every role does."""
     alive = dict.fromkeys(job.quorum, 0)
     for task in job.tasks.values():
-        if task.state not in (TaskState.FAILED, TaskState.TERMINATED):
+        given_up = task.brought and task.state is TaskState.TERMINATED  # because the rest of the job was done
+        if given_up or task.state not in (TaskState.FAILED, TaskState.TERMINATED):
             alive[task.role] += 1
     for task in job.tasks.values():
         if task.state in (TaskState.FAILED, TaskState.TERMINATED) and alive[task.role] < job.quorum[task.role]:
@@ -403,6 +488,16 @@ def _broken_role(job: JobLife) -> TaskLife | None:
 def _named(failure: Failure, task: TaskLife) -> Failure:
     failure.task, failure.role, failure.attempt = task.id, task.role, task.attempt
     return failure
+
+
+def _not_claimable(job: JobLife, task: TaskLife) -> str:
+    if job.state.ended or job.state is JobState.STOPPING:
+        return f"Job {job.name!r} is {job.state.value}: there is nothing to take part in any more."
+    if task.state.ended:
+        return f"Task {task.id} has ended ({task.state.value}); it cannot be taken again."
+    if not task.brought:
+        return f"Task {task.id} is not for participants: Flame starts its worker."
+    return f"Job {job.name!r} is {job.state.value}: it does not take participants yet."
 
 
 def _not_startable(job: JobLife) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,16 +34,13 @@ from flame.controller.bookkeeping import (
     task_stream,
     with_workers,
 )
-from flame.controller.computes import clean
 from flame.controller.context import Context, StoredTask, log
 from flame.controller.ledger import Ledger, surely
-from flame.controller.placement import Need, need_of, placement_of
 from flame.controller.rendezvous import Rendezvous
 from flame.controller.shelf import Saved
 from flame.controller.workers import Crew, Worker
 from flame.errors import Forbidden
 from flame.runners.base import WorkerExit, WorkerInfo
-from flame.spec.nouns import Placement
 from flame.spec.records import Failure, Job, JobState, Model, Record, Report, TaskState
 
 #: Who has run for so long counts as steady: the losses before are forgotten.
@@ -70,16 +67,9 @@ class Supervisor:
         self._lock = asyncio.Lock()
         self._clock: asyncio.TimerHandle | None = None
         self._rendezvous = Rendezvous(job.id, form.schema.channels, context.store, self._tell_peers)
-        self._schema = form.schema
         self._crew = Crew(
-            context,
-            job.id,
-            form.model_spec.dependencies,
-            self._placement_of,
-            happened=self.handle_surely,
-            placed=self._placed,
+            context, job.id, form.model_spec.dependencies, happened=self.handle_surely, placed=self._placed
         )
-        self._places: dict[str, str] = {}
         self.admitted = job.record.state not in (JobState.READY, JobState.STARTING, JobState.PAUSED)
         self.paused = asyncio.Event()
         if job.record.state is JobState.PAUSED:
@@ -112,23 +102,35 @@ class Supervisor:
         """One task's record."""
         return self._ledger.task(id)
 
-    def needs(self) -> list[Need]:
-        """The places that its workers need when it is admitted."""
-        return [self._need(task.id) for task in self._life.tasks.values() if task.state is TaskState.READY]
+    @property
+    def room(self) -> int:
+        """How many workers it has, or has been promised room for."""
+        if not self.admitted:
+            return 0
+        mine = (task for task in self._life.tasks.values() if not task.brought)
+        return sum(bool(task.live) or not task.state.ended for task in mine)
 
-    def owns(self, info: WorkerInfo) -> bool:
-        """Whether a worker is one of this job's."""
-        return info.job == self.id and info.task in self._life.tasks
+    @property
+    def workers(self) -> int:
+        """How many workers it needs of Flame; participants bring theirs."""
+        return sum(not task.brought for task in self._life.tasks.values())
+
+    def waits(self, task: str) -> bool:
+        """Whether a task waits for its participant."""
+        return self._life.tasks[task].waits
 
     def worker(self, task: str, attempt: int) -> Worker:
         """The worker that speaks for this attempt.
 
         :raises flame.errors.Forbidden: there is a newer attempt, or there never was this one.
         """
-        newest = self._life.tasks[task].attempt
+        life = self._life.tasks[task]
+        newest = life.attempt
         worker = self._crew.get(task, attempt)
         if attempt != newest or worker is None:
             raise Forbidden(f"Attempt {attempt} of task {task} is over: the newest is {newest}.")
+        if life.brought and worker.gone.is_set():
+            raise Forbidden(f"Attempt {attempt} of task {task} is over: it has left.")
         return worker
 
     # ------------------------------------------------------------------------------------------ what happens
@@ -153,38 +155,55 @@ class Supervisor:
         """Let something happen that nobody will say again: while the store fails, try again."""
         await surely(partial(self.handle, event), self.id)
 
-    def admit(self, chosen: Mapping[str, str]) -> None:
-        """There is room for all of its workers: take it, and start them.
+    def check_claim(self, task: str) -> None:
+        """Whether a participant may take a task now.
 
-        :param chosen: the compute for each task.
+        :raises flame.errors.Conflict: there is nothing to take part in.
         """
-        self.admitted = True
-        self._places = dict(chosen)
-        for task, compute in chosen.items():
-            self._hold(task, self._life.tasks[task].attempt + 1, compute)
-        self._context.background.spawn(self.handle_surely(events.Admit()))
+        lifecycle.step(self._life, events.Claim(task))
 
-    async def resume(self, workers: Mapping[WorkerInfo, str], history: History) -> None:
+    async def claim(self, task: str, **holder: str | None) -> None:
+        """A participant takes a task, or takes it anew.
+
+        :param holder: what is written down about the participant.
+        :raises flame.errors.Conflict: there is nothing to take part in.
+        """
+        async with self._lock:
+            after, actions = lifecycle.step(self._life, events.Claim(task))
+            await self._ledger.save_task(task, **holder)
+            await self._commit(after, actions)
+
+    async def evict(self, task: str, message: str) -> None:
+        """A participant may not take part any more: its worker is told, and its place is free."""
+        life = self._life.tasks[task]
+        if life.live:
+            await self._tell(task, life.attempt, "stop", {"reason": message})
+            await self.handle(events.Terminated(task, life.attempt, self._cause(task, life.attempt, message)))
+        async with self._lock:
+            await self._ledger.save_task(task, participant=None, holder=None, invite=None)
+
+    async def resume(self, workers: Sequence[WorkerInfo], history: History) -> None:
         """Go on with a job that an earlier process of the server has begun.
 
-        Where a compute cannot be reached, its workers are taken to be there: they are waited for, as long as any lease.
-
-        :param workers: those of this job that there really are, and on which compute each is.
+        :param workers: those of this job that the runner really has.
         :param history: what the job's stream says.
         """
-        there = {(info.task, info.attempt): (info, compute) for info, compute in workers.items()}
-        for task in self.tasks:
-            known = (task.id, task.attempt) in there or task.state.ended or not task.attempt
-            if not known and task.compute and not self._context.computes.reachable(task.compute):
-                presumed = WorkerInfo(task.id, self.id, task.attempt, task.worker or "")
-                there[task.id, task.attempt] = (presumed, task.compute)
+        there: dict[tuple[str, int], WorkerInfo | None] = {(info.task, info.attempt): info for info in workers}
+        for task in self.tasks:  # nobody can list what participants have; if one is not there, its lease will tell
+            if task.config.from_user and task.state in (TaskState.DEPLOYING, TaskState.RUNNING):
+                there[task.id, task.attempt] = None
         await self._rendezvous.load()
         told = {key: await self._context.store.read(task_stream(*key)) for key in there}
         begun = {key for key, stream in told.items() if any(event.type == "start" for event in stream)}
         # From here to the next await nothing can end in between.
-        for key, (info, compute) in there.items():
-            self._hold(info.task, info.attempt, compute)
-            worker = self._crew.adopt(info, self._life.tasks[info.task].role, compute)
+        for key, info in there.items():
+            if info is None:
+                worker = self._crew.welcome(*key)
+                options = self._context.options
+                self._context.leases.begin((self.id, *key), max(options.lease, options.reunion))
+                worker.heard = True
+            else:
+                worker = self._crew.adopt(info, self._life.tasks[info.task].role)
             worker.acked = history.heard.get(key, 0)
             worker.begun = key in begun
         self._life = with_workers(self._life, set(there), begun)
@@ -230,11 +249,8 @@ class Supervisor:
 
     def exited(self, info: WorkerInfo, how: WorkerExit) -> None:
         """The runner has seen the end of a worker that nobody asked to end."""
-        self._crew.exited(info, how, self._life.tasks[info.task].role)
-
-    def found(self, compute: str, workers: Sequence[WorkerInfo], asked: float) -> None:
-        """A compute is back, and has these workers of this job."""
-        self._crew.found(compute, workers, asked, lambda task: self._life.tasks[task].role)
+        if info.task in self._life.tasks:
+            self._crew.exited(info, how, self._life.tasks[info.task].role)
 
     async def report(self, task: str, attempt: int, reports: Sequence[Report]) -> int:
         """Take in what a flamelet reports, in order; what was heard before is passed over.
@@ -260,15 +276,10 @@ class Supervisor:
                 worker.acked = fresh[-1][0].seq
         return worker.acked
 
-    def _placement_of(self, role: str) -> Placement:
-        return placement_of(self._ledger.job.form, self._schema, role)
-
-    def _need(self, task: str) -> Need:
-        config = self._ledger.task(task).config
-        return need_of(self._ledger.job.form, self._schema, config)
-
-    def _hold(self, task: str, attempt: int, compute: str) -> None:
-        self._context.computes.hold((self.id, task, attempt), compute, self._need(task).load)
+    def parted(self, task: str, attempt: int) -> None:
+        """A worker has said how its task ended: it is about to go."""
+        if worker := self._crew.get(task, attempt):
+            worker.parted.set()
 
     def _cause(self, task: str, attempt: int, message: str) -> Failure:
         tail = self._context.logs.tail(self.id, task, attempt)
@@ -290,11 +301,13 @@ class Supervisor:
                 await self.handle(events.Running(task, attempt))
             case said.StateData(state="completed"):
                 await self.handle(events.Completed(task, attempt))
+                self.parted(task, attempt)
             case said.StateData(state=state):
                 tail = self._context.logs.tail(self.id, task, attempt)
                 failure = said.failure_of(data, task, role, attempt, tail)
                 kind = events.Failed if state == "failed" else events.Terminated
                 await self.handle(kind(task, attempt, failure))
+                self.parted(task, attempt)
             case said.JoinData():
                 await self._rendezvous.join(task, role, data.channel, data.group, {**data.member, "attempt": attempt})
             case said.LeaveData():
@@ -319,18 +332,12 @@ class Supervisor:
         states = [action.state for action in actions if isinstance(action, events.Enter)]
         changed = [task for task in after.tasks.values() if task is not before.tasks[task.id]]
         fields = {task.id: values for task in changed if (values := task_fields(before.tasks[task.id], task, now))}
-        asked = [action for action in actions if isinstance(action, events.Ask)]
-        for ask in asked:
-            fields[ask.task]["compute"] = self._places.get(ask.task) or self._elsewhere(ask.task)
         if after.state.ended and states:
             await self._ledger.keep_rounds()
         await self._ledger.save_tasks(fields)
         await self._ledger.save_job(**job_fields(self._ledger.job, before, after, actions, now))
         # It is in the store, so it has happened: from here on nothing may fail.
         self._life = after
-        for ask in asked:
-            self._places.pop(ask.task, None)
-            self._hold(ask.task, ask.attempt, fields[ask.task]["compute"])
         news: list[Entry] = [("warning", {"message": one.message}) for one in actions if isinstance(one, events.Warn)]
         news += [task_news(self._ledger.task(task)) for task in fields]
         news += [job_news(self._ledger.job, state) for state in states]
@@ -352,8 +359,12 @@ class Supervisor:
         context = self._context
         match action:
             case events.Ask(task=task, attempt=attempt, delay=delay):
-                compute = self._ledger.task(task).compute or ""
-                self._crew.begin(task, attempt, self._life.tasks[task].role, compute, delay=delay)
+                self._crew.begin(task, attempt, self._life.tasks[task].role, delay)
+            case events.Expect(task=task, attempt=attempt):
+                self._crew.welcome(task, attempt)
+            case events.Release(task=task, attempt=attempt):
+                self._crew.release(task, attempt)
+                context.background.spawn(context.notifier.drop(task_stream(task, attempt)))
             case events.Begin(task=task, attempt=attempt):
                 context.background.spawn(self._tell(task, attempt, "start", {"attempt": attempt}))
             case events.End(task=task, attempt=attempt, reason=reason, parting=parting):
@@ -378,21 +389,14 @@ class Supervisor:
             self._clock.cancel()
             self._clock = None
         self.paused.set()
-        self._forgo()
-
-    def _forgo(self) -> None:
-        """Give back what room was promised and has not been used."""
-        self._places.clear()
-        for task in self._life.tasks.values():
-            self._context.computes.give((self.id, task.id, task.attempt + 1))
-        self._context.computes.changed()
+        self._context.freed()
 
     def _conclude(self) -> None:
         """The job has ended: let go of all that only a running job needs."""
         if self._clock is not None:
             self._clock.cancel()
         self.over.set()
-        self._forgo()
+        self._context.freed()
         self._context.background.spawn(self._tidy())
 
     async def _tidy(self) -> None:
@@ -401,7 +405,7 @@ class Supervisor:
         for worker in self._crew.all():
             await context.notifier.drop(task_stream(worker.task, worker.attempt))
             if worker.info is not None and self.state is JobState.COMPLETED:
-                await clean(context.computes, worker.compute, worker.info)
+                await context.runner.clean(worker.info)
 
     def _wind_clock(self) -> None:
         limit, since = self._ledger.job.form.max_run_time, self._ledger.job.running_at
@@ -415,11 +419,7 @@ class Supervisor:
     async def _placed(self, info: WorkerInfo) -> None:
         async with self._lock:
             if self._life.tasks[info.task].attempt == info.attempt:
-                await self._ledger.save_task(info.task, worker=info.handle)
-
-    def _elsewhere(self, task: str) -> str:
-        last = self._ledger.task(task).compute
-        return self._context.computes.elsewhere(self._need(task), last, self._crew.shunned)
+                await self._ledger.save_task(info.task, compute=self._context.compute, worker=info.handle)
 
     async def _tell(self, task: str, attempt: int, type: str, data: dict[str, Any]) -> None:
         worker = self._crew.get(task, attempt)

@@ -24,8 +24,16 @@ _ASKED = (
 async def work() -> bool:
     """Be the worker that the environment says. SIGTERM and SIGINT end the task with it."""
     environment = dict(os.environ)
-    agent = Agent(Settings.read(environment), environment)
+    settings = Settings.read(environment)
+    agent = Agent(settings, environment)
     loop = asyncio.get_running_loop()
+    if settings.leash:
+
+        def pulled() -> None:
+            loop.remove_reader(0)
+            agent.stop("Its owner has left.", hurry=True)
+
+        loop.add_reader(0, pulled)  # nothing is ever written: it can only come to its end
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: agent.stop(_ASKED, hurry=True))
     return await agent.run()

@@ -150,9 +150,7 @@ class Agent:
                 "state": "terminated",
                 "message": "Its worker was restarted in the middle; an attempt is never run twice.",
             }
-        fetching = asyncio.create_task(
-            fetch(self._session, self._url, self._query, self._work_dir, patience=self._patience)
-        )
+        fetching = asyncio.create_task(fetch(self._session, self._url, self._query, self._settings))
         try:
             if not await self._unless_stopped(self._started.wait()):
                 return self._terminated()

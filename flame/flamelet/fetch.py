@@ -10,18 +10,18 @@ import msgspec
 from flame.client.follow import insist
 from flame.client.http import Query, Session
 from flame.errors import SpecError
+from flame.flamelet.settings import Settings
 from flame.spec import bundle
 from flame.spec.records import Manifest
 
 
-async def fetch(session: Session, url: str, query: Query, work: Path, *, patience: float) -> tuple[Manifest, Path]:
+async def fetch(session: Session, url: str, query: Query, settings: Settings) -> tuple[Manifest, Path]:
     """Fetch what the task is, and lay out the role's folder with its code and ``config.json``.
 
     :param url: the task's address, ``/v1/tasks/ID``.
-    :param work: the worker's directory; the role's folder is made in it.
-    :param patience: seconds without an answer after which this gives up.
+    :param settings: the worker's directory, in which the role's folder is made; the owner's conditions and data.
     :returns: the manifest, and the role's folder.
-    :raises flame.errors.SpecError: the code is not what the manifest promises.
+    :raises flame.errors.SpecError: the code is not what the manifest promises, or not what the machine's owner has agreed to.
     :raises flame.errors.FlameError: the server refuses it, or was away for too long.
     """
 
@@ -31,10 +31,15 @@ async def fetch(session: Session, url: str, query: Query, work: Path, *, patienc
     async def code() -> bytes:
         return await session.call("GET", f"{url}/code", query=query, into=bytes)
 
+    patience = settings.orphan_after
     task, data = await asyncio.gather(insist(manifest, patience=patience), insist(code, patience=patience))
     digest = bundle.digest(data)
     if digest != task.code:
         raise SpecError(f"The code's digest is {digest}, the manifest promises {task.code}; it was not run.")
-    folder = bundle.extract(data, task.config.role, work, "the job's code")
+    if settings.accept is not None and digest != settings.accept:
+        raise SpecError(f"The code's digest is {digest}, agreed to was {settings.accept}; it was not run.")
+    own = {name: value for name in ("dataset", "realm") if (value := getattr(settings, name)) is not None}
+    task.config = msgspec.structs.replace(task.config, **own)
+    folder = bundle.extract(data, task.config.role, Path(settings.work_dir).absolute(), "the job's code")
     (folder / "config.json").write_bytes(msgspec.json.encode(task.config))
     return task, folder

@@ -59,7 +59,7 @@ def pack(source: Path, roles: Collection[str] | None = None, name: str | None = 
             size = source.stat().st_size
             if size > MAX_PACKED:
                 raise SpecError(f"the bundle has {_size(size)}; {_size(MAX_PACKED)} are allowed.", name)
-            files = _from_zip(source.read_bytes(), name)
+            files = contents(source.read_bytes(), name)
         else:
             raise UsageError(f"{name}: there is no such folder or zip file with the roles' code.")
     except OSError as error:
@@ -72,7 +72,7 @@ def pack(source: Path, roles: Collection[str] | None = None, name: str | None = 
 
 def repack(data: bytes, roles: Collection[str] | None = None, name: str = "the bundle") -> bytes:
     """Make a bundle of a zip that somebody else made; see :func:`pack`."""
-    files = _unwrapped(_from_zip(data, name), roles)
+    files = _unwrapped(contents(data, name), roles)
     if roles is not None:
         files = {path: data for path, data in files.items() if path[0] in roles and len(path) > 1}
     return _zip(files)
@@ -225,7 +225,11 @@ def _skipped(part: str) -> bool:
     return part.startswith(".") or part in _SKIPPED
 
 
-def _from_zip(data: bytes, name: str) -> dict[tuple[str, ...], bytes]:
+def contents(data: bytes, name: str = "the bundle") -> dict[tuple[str, ...], bytes]:
+    """The files of a bundle, by their paths taken apart.
+
+    :raises flame.errors.SpecError: it is no zip, leaves its folder or its bounds.
+    """
     budget = _Budget(name)
     with _open(data, name) as archive:
         return {

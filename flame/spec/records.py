@@ -139,29 +139,6 @@ class ComputeRecord(Record, kw_only=True):
     created_at: float = 0.0
 
 
-class ComputeUse(Record, kw_only=True):
-    """What there is on a compute, or what of it is taken: workers, cores, bytes, GPUs. None: no limit is known."""
-
-    slots: int | None = None
-    cpu: float | None = None
-    memory: int | None = None
-    gpu: int | None = None
-
-
-class ComputeStatus(ComputeRecord, kw_only=True):
-    """A compute as it is answered.
-
-    :ivar state: ``ready``, ``unreachable`` (``problem`` says why) or ``drained``.
-    :ivar capacity: what there is in all: what is registered, else what the compute says itself.
-    :ivar used: what its workers take, or have been promised.
-    """
-
-    state: str
-    problem: str | None = None
-    capacity: ComputeUse = field(default_factory=ComputeUse)
-    used: ComputeUse = field(default_factory=ComputeUse)
-
-
 class Job(Record, kw_only=True):
     """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04.
 
@@ -192,7 +169,8 @@ class Task(Record, kw_only=True):
     """A task as the server knows it. ``attempt`` counts starts from 1; 0 means never started.
 
     ``reason`` says in one sentence what it waits for, where it waits. ``dataset_id``: the dataset that it consumes;
-    ``owner``: the participant whose data or machine it works on, who may see it for that.
+    ``owner``: the participant whose data or machine it works on, who may see it for that. ``participant``: what whoever brings
+    its worker calls itself.
     """
 
     id: str
@@ -204,12 +182,71 @@ class Task(Record, kw_only=True):
     attempt: int = 0
     compute: str | None = None
     worker: str | None = None
+    participant: str | None = None
     reason: str | None = None
     failure: Failure | None = None
     started_at: float | None = None
     ended_at: float | None = None
     dataset_id: str = ""
     owner: str = ""
+
+
+class Invite(Record, kw_only=True):
+    """What lets participants into a job, each with a worker and data of its own.
+
+    :ivar realm: where their data must lie: a region, or a part of one; None: anywhere.
+    :ivar uses: how many participants may come with it.
+    :ivar names: what those who came call themselves.
+    :ivar token: the secret itself; there in the answer that makes the invite, and never again.
+    """
+
+    id: str
+    job_id: str
+    realm: str | None = None
+    uses: int = 1
+    names: list[str] = field(default_factory=list)
+    created_at: float = 0.0
+    expires_at: float = 0.0
+    revoked: bool = False
+    token: str | None = None
+
+
+class Invitation(Record, kw_only=True):
+    """What a participant learns of a job before it takes part: enough to decide.
+
+    :ivar roles: those that participants can have.
+    :ivar code: the SHA-256 of the bundle with the roles' code.
+    :ivar free: how many places nobody has taken.
+    """
+
+    job_id: str
+    name: str
+    state: JobState
+    reason: str | None = None
+    roles: list[str] = field(default_factory=list)
+    realm: str | None = None
+    code: str
+    dependencies: list[str] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
+    free: int = 0
+    expires_at: float = 0.0
+
+
+class Seat(Record, kw_only=True):
+    """A participant's place in a job: a task, and the key of this attempt of it.
+
+    :ivar state: the task's state. Where it has ended there is no key.
+    """
+
+    job_id: str
+    task: str
+    role: str
+    index: int
+    realm: str
+    attempt: int
+    state: TaskState
+    code: str
+    key: str | None = None
 
 
 class Event(Record, kw_only=True):

@@ -47,6 +47,7 @@ async def walk(served: Any, route: Any) -> None:
     allowed = {
         Access.OPEN: {"stranger", "liar", "user", "worker"},
         Access.WORKER: set(),  # a key of a task that is not there opens nothing
+        Access.INVITED: set(),
     }.get(route.access, {"user"})
     for who, status in answers.items():
         what = f"{route.method} {route.path}, {who}: {status}"

@@ -14,17 +14,20 @@ from flame.controller.events import (
     Admit,
     Ask,
     Begin,
+    Claim,
     Clock,
     Completed,
     Connected,
     End,
     Enter,
     Event,
+    Expect,
     Failed,
     Gone,
     Kill,
     Missing,
     Pause,
+    Release,
     Resume,
     Rewind,
     Running,
@@ -36,7 +39,7 @@ from flame.controller.events import (
     TimeUp,
     Warn,
 )
-from flame.controller.lifecycle import TRANSITIONS, JobLife, TaskLife, quorums, settle, step
+from flame.controller.lifecycle import TRANSITIONS, JobLife, TaskLife, gathered, missing, quorums, settle, step
 from flame.errors import Conflict
 from flame.spec.nouns import Restart
 from flame.spec.records import Failure, JobState, TaskState
@@ -44,9 +47,12 @@ from flame.spec.records import Failure, JobState, TaskState
 NEVER = Restart(attempts=0)
 
 
-def new(trainers: int = 2, fewest: int | None = None, restart: Restart = NEVER, *, pauses: bool = False) -> JobLife:
+def new(
+    trainers: int = 2, fewest: int | None = None, restart: Restart = NEVER, *, pauses: bool = False, brought: int = 0
+) -> JobLife:
+    """An aggregator and trainers; participants bring the last ones."""
     roles = [("aggregator", False)] + [("trainer", True)] * trainers
-    tasks = {f"t{i}": TaskLife(f"t{i}", role) for i, (role, _) in enumerate(roles)}
+    tasks = {f"t{i}": TaskLife(f"t{i}", role, brought=i > trainers - brought) for i, (role, _) in enumerate(roles)}
     each = {role: restart for role, _ in roles}
     return JobLife("job", JobState.READY, tasks, quorums(roles, fewest), restart=each, pauses=pauses)
 
@@ -312,6 +318,68 @@ def test_ending_a_task_fails_it_and_ends_its_worker_without_delay() -> None:
     assert job.failure.role == "trainer"
 
 
+def test_nobody_is_started_before_the_participants_are_there() -> None:
+    job, actions = drive(new(trainers=3, brought=2), Start(), Admit())
+    assert job.state is JobState.DEPLOYING
+    assert not [a for a in actions if isinstance(a, Ask)]
+    assert missing(job) == 2
+    job, actions = drive(job, Claim("t2"), Connected("t2", 1))
+    assert actions == [Expect("t2", 1)]
+    assert missing(job) == 1
+    job, actions = drive(job, Claim("t3"))
+    assert actions == [Expect("t3", 1), Begin("t2", 1), Ask("t0", 1), Ask("t1", 1)]
+    job, actions = drive(job, Connected("t3", 1), Connected("t0", 1))
+    assert actions == [Begin("t3", 1), Begin("t0", 1)]
+    assert job.state is JobState.DEPLOYING
+    job, _ = drive(job, *all_of(job, Running))
+    assert job.state is JobState.RUNNING
+
+
+def test_a_quorum_begins_without_the_late_and_they_may_come_later() -> None:
+    job, actions = drive(new(trainers=3, fewest=2, brought=2), Start(), Admit())
+    assert missing(job) == 1
+    job, actions = drive(job, Claim("t2"))
+    assert [a for a in actions if isinstance(a, Ask)] == [Ask("t0", 1), Ask("t1", 1)]
+    job, _ = drive(job, Running("t0", 1), Running("t1", 1), Running("t2", 1))
+    assert job.state is JobState.RUNNING
+    job, actions = drive(job, Claim("t3"), Connected("t3", 1))
+    assert actions == [Expect("t3", 1), Begin("t3", 1)]
+
+
+@pytest.mark.parametrize("how", [Terminated, Silent])
+def test_a_participant_may_leave_and_come_back_as_a_new_attempt(how: type) -> None:
+    job = new(trainers=2, brought=1)
+    job, _ = drive(job, Start(), Admit(), Claim("t2"), *all_of(job, Running))
+    job, actions = drive(job, how("t2", 1, cause("t2")))
+    assert actions == [Release("t2", 1)]
+    assert (job.state, job.tasks["t2"].state, job.tasks["t2"].live) == (JobState.RUNNING, TaskState.READY, set())
+    job, actions = drive(job, Claim("t2"), Running("t2", 1), Connected("t2", 2))
+    assert actions == [Expect("t2", 2), Begin("t2", 2)]
+    assert job.tasks["t2"].state is TaskState.DEPLOYING, "the earlier attempt counts for nothing"
+    job, actions = drive(job, Running("t2", 2), Claim("t2"))
+    assert actions == [Release("t2", 2), Expect("t2", 3)], "it may come back before its silence was noticed"
+
+
+def test_a_job_completes_without_a_participant_who_has_left() -> None:
+    job = new(trainers=3, brought=2)
+    job, _ = drive(job, Start(), Admit(), Claim("t2"), Claim("t3"), *all_of(job, Running))
+    job, _ = drive(job, Terminated("t3", 1, cause("t3")), *[Completed(task, 1) for task in ("t0", "t1", "t2")])
+    with pytest.raises(Conflict, match="last round"):
+        step(job, Claim("t3"))
+    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in ("t0", "t1", "t2")])
+    assert job.state is JobState.COMPLETED
+    assert job.tasks["t3"].state is TaskState.TERMINATED
+
+
+def test_a_participant_s_code_that_fails_counts_as_any_other() -> None:
+    job = new(trainers=3, brought=2)
+    job, _ = drive(job, Start(), Admit(), Claim("t2"), Claim("t3"), *all_of(job, Running))
+    failed, _ = drive(job, Failed("t3", 1, cause("t3")))
+    assert failed.state is JobState.STOPPING
+    with pytest.raises(Conflict, match="nothing to take part in"):
+        step(failed, Claim("t2"))
+
+
 TASKS = [f"t{i}" for i in range(4)]
 tasks = st.sampled_from(TASKS)
 attempts = st.integers(1, 3)
@@ -334,6 +402,8 @@ def events(draw: st.DrawFn) -> Event:
                 TimeUp(1.0),
                 Steady(task, attempt),
                 Kill(task),
+                Claim(task),
+                Claim(task),
                 Connected(task, attempt),
                 Running(task, attempt),
                 Running(task, attempt),
@@ -359,23 +429,25 @@ def events(draw: st.DrawFn) -> Event:
     st.booleans(),
     st.sampled_from([NEVER, Restart(), Restart(attempts=1, on_error=True)]),
     st.booleans(),
+    st.integers(0, 3),
 )
 def test_any_order_of_events_keeps_the_promises(
-    history: list[Event], fewest: int | None, head: int, restarts: bool, restart: Restart, pauses: bool
+    history: list[Event], fewest: int | None, head: int, restarts: bool, restart: Restart, pauses: bool, brought: int
 ) -> None:
-    job = new(trainers=3, fewest=fewest, restart=restart, pauses=pauses)
+    job = new(trainers=3, fewest=fewest, restart=restart, pauses=pauses, brought=brought)
     states = [job.state]
     asked: set[tuple[str, int]] = set()
     gone: set[tuple[str, int]] = set()
     ended: set[tuple[str, int]] = set()
+    begun: set[tuple[str, int]] = set()
     clocks = 0
     for event in [Start(), Admit()][:head] + history:
         if isinstance(event, Gone | Missing):
-            if (event.task, event.attempt) not in asked:
+            if (event.task, event.attempt) not in asked or (event.task, event.attempt) in gone:
                 continue  # nothing that was never started can end
             gone.add((event.task, event.attempt))
         elif (
-            not isinstance(event, Start | Admit | Stop | Pause | Resume | Rewind | TimeUp | Kill)
+            not isinstance(event, Start | Admit | Stop | Pause | Resume | Rewind | TimeUp | Kill | Claim)
             and (event.task, event.attempt) not in asked
         ):
             continue  # the shell knows no such worker: it holds no key
@@ -390,7 +462,11 @@ def test_any_order_of_events_keeps_the_promises(
                 case Enter(state=state):
                     assert state in TRANSITIONS[states[-1]], "only legal transitions"
                     states.append(state)
-                case Ask(task=task, attempt=attempt):
+                case Release(task=task, attempt=attempt):
+                    assert job.tasks[task].brought
+                    gone.add((task, attempt))
+                case Ask(task=task, attempt=attempt) | Expect(task=task, attempt=attempt):
+                    assert job.tasks[task].brought is isinstance(action, Expect)
                     assert (task, attempt) not in asked, "no worker is asked for twice"
                     assert attempt == job.tasks[task].attempt
                     assert not job.state.ended
@@ -398,6 +474,10 @@ def test_any_order_of_events_keeps_the_promises(
                 case End(task=task, attempt=attempt):
                     assert (task, attempt) not in ended, "no worker is ended twice"
                     ended.add((task, attempt))
+                case Begin(task=task, attempt=attempt):
+                    assert (task, attempt) in asked - gone
+                    assert (task, attempt) not in begun, "no worker is told to begin twice"
+                    begun.add((task, attempt))
                 case Clock():
                     clocks += 1
                 case _:
@@ -423,6 +503,9 @@ def check(
 ) -> None:
     live = {(t.id, attempt) for t in job.tasks.values() for attempt in t.live}
     assert live == asked - gone, "the state knows exactly the workers that may be there"
+    if any(not task.brought and task.live for task in job.tasks.values()) and before.state is not JobState.PAUSED:
+        assert gathered(job), "nothing is started before there are enough participants, and what was stays so"
+    assert (missing(job) == 0) is gathered(job)
     for old, new_ in zip(before.tasks.values(), job.tasks.values(), strict=True):
         assert new_.attempt >= old.attempt
         if old.state.ended and JobState.PAUSED not in (before.state, job.state):
@@ -444,8 +527,13 @@ def check(
             assert {(task.id, a) for a in task.live} <= ended, "every worker of an ended task was asked to end"
     done = dict.fromkeys(job.quorum, 0)
     for task in job.tasks.values():
-        done[task.role] += task.state is TaskState.COMPLETED
-    enough = all(t.state.ended for t in job.tasks.values()) and all(done[r] >= n for r, n in job.quorum.items())
+        left = task.brought and task.failure is None and task.state is TaskState.TERMINATED
+        done[task.role] += left or task.state is TaskState.COMPLETED
+    enough = (
+        any(t.state is TaskState.COMPLETED for t in job.tasks.values())
+        and all(t.state.ended for t in job.tasks.values())
+        and all(done[r] >= n for r, n in job.quorum.items())
+    )
     if job.state is JobState.COMPLETED:
         assert enough
     if enough and not live and job.state is not JobState.COMPLETED:
