@@ -151,8 +151,9 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     from flame.controller.controller import Controller
     from flame.controller.keys import Keys
     from flame.notifier import Notifier
-    from flame.runners import make_runner
+    from flame.runners import Runner, make_runner
     from flame.spec.nouns import Broker
+    from flame.spec.records import ComputeRecord
     from flame.store import DEFAULT_URL, open_store
 
     identity = _identity(data_dir)
@@ -182,8 +183,14 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         )
         # Nobody starts a private server again that was killed, so its workers do not wait for it for long.
         environment = {"FLAME_ORPHAN_AFTER": f"{ORPHAN_PATIENCE:g}"} if settings.private else {}
-        runner = make_runner("local", {"environment": environment}, instance=identity, data_dir=data_dir)
-        controller = Controller(store, notifier, {"local": runner}, keys, options, artifacts=artifacts)
+
+        def make(compute: ComputeRecord) -> Runner:
+            config = dict(compute.config)
+            if compute.kind == "local":
+                config["environment"] = {**environment, **config.get("environment", {})}
+            return make_runner(compute.kind, config, instance=identity, data_dir=data_dir)
+
+        controller = Controller(store, notifier, make, keys, options, artifacts=artifacts)
         stack.push_async_callback(controller.close)
         await controller.accounts.open()
         names = frozenset(name for name in (urlsplit(url).hostname, settings.host) if name)

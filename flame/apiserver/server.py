@@ -84,8 +84,13 @@ async def server(call: Call[None, NoQuery]) -> Server:
     controller = call.api.controller
     options = controller.context.options
     computes = [
-        Compute(name=name, kind=runner.kind, slots=controller.slots, used=controller.used)
-        for name, runner in controller.context.runners.items()
+        Compute(
+            name=site.record.name,
+            kind=site.record.kind,
+            slots=controller.computes.capacity(site).slots,
+            used=site.used.workers,
+        )
+        for site in controller.computes.sites()
     ]
     return Server(
         version=flame.__version__,

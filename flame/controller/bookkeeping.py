@@ -115,7 +115,6 @@ def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]
         fields = {
             "attempt": after.attempt,
             "started_at": now,
-            "compute": None,
             "worker": None,
             "reason": "Its worker is being started.",
         }

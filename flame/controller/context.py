@@ -14,6 +14,7 @@ import msgspec
 from flame.artifacts import Artifacts
 from flame.controller.artifacts import JobArtifacts
 from flame.controller.bundles import Bundles
+from flame.controller.computes import Computes
 from flame.controller.keys import Keys
 from flame.controller.leases import Leases
 from flame.controller.logs import Logs
@@ -21,10 +22,13 @@ from flame.controller.shelf import Shelf
 from flame.notifier import Notifier
 from flame.runners.base import Runner
 from flame.spec.nouns import Broker, Registry
-from flame.spec.records import DatasetRecord, Design, Invite, Job, Task
+from flame.spec.records import ComputeRecord, DatasetRecord, Design, Invite, Job, Task
 from flame.store import Store
 
 log = logging.getLogger("flame.controller")
+
+#: The compute that there is from the start: the server's own host.
+DEFAULT = "local"
 
 
 class StoredTask(Task, kw_only=True):
@@ -58,7 +62,7 @@ class Options:
 
     :ivar data_dir: the server's data directory.
     :ivar server: the address at which workers reach the server.
-    :ivar slots: how many workers may be there at once; None: what the runner says.
+    :ivar slots: how many workers may be on the default compute at once; None: what is registered, or it says itself.
     :ivar lease: after how many seconds without a word a worker counts as lost.
     :ivar deploy: after how many seconds a worker counts as lost that has never said a word.
     :ivar reunion: after how many seconds a worker counts as lost, at the earliest, that a restarted server has not heard of:
@@ -124,29 +128,29 @@ class Background:
 class Context:
     """The controller's surroundings: state, streams, computes, files, keys and the operator's choices.
 
+    :param make: makes the runner of a compute.
     :param artifacts: where artifacts are kept.
     :param lost: told the key of a lease that ran out, ``(job, task, attempt)``.
-    :param freed: called when a worker is gone or a job has ended, that is, when others may have room.
     """
 
     def __init__(
         self,
         store: Store,
         notifier: Notifier,
-        runners: Mapping[str, Runner],
+        make: Callable[[ComputeRecord], Runner],
         keys: Keys,
         options: Options,
         *,
         artifacts: Artifacts,
         lost: Callable[[Any], None],
-        freed: Callable[[], None],
     ) -> None:
         self.store = store
         self.notifier = notifier
-        self.runners = runners
         self.keys = keys
         self.options = options
-        self.freed = freed
+        slots = {DEFAULT: options.slots} if options.slots else {}
+        self.compute_shelf: Shelf[ComputeRecord] = Shelf(store, "computes", ComputeRecord)
+        self.computes = Computes(self.compute_shelf, make, server=options.server, slots=slots)
         self.leases = Leases(options.lease, lost)
         self.logs = Logs(options.data_dir / "logs", artifacts)
         self.artifacts = JobArtifacts(artifacts, options.largest_artifact)
@@ -157,13 +161,3 @@ class Context:
         self.designs: Shelf[Design] = Shelf(store, "designs", Design)
         self.invites: Shelf[StoredInvite] = Shelf(store, "invites", StoredInvite)
         self.datasets: Shelf[DatasetRecord] = Shelf(store, "datasets", DatasetRecord)
-
-    @property
-    def runner(self) -> Runner:
-        """Where workers are started: the one compute there is."""
-        return self.runners[self.compute]
-
-    @property
-    def compute(self) -> str:
-        """The name of that compute."""
-        return next(iter(self.runners))

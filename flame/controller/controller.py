@@ -8,9 +8,8 @@ takes up again what an earlier process has left.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -20,12 +19,14 @@ from flame.artifacts import Artifacts, open_artifacts
 from flame.controller.accounts import Accounts
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
+from flame.controller.computes import clean
 from flame.controller.context import Context, Options, public
-from flame.controller.events import Admit, Kill, Pause, Resume, Start, Stop
+from flame.controller.events import Kill, Pause, Resume, Start, Stop
 from flame.controller.keys import Keys
 from flame.controller.participants import Participants
-from flame.controller.placement import Waiting, admit, priority
+from flame.controller.placement import Decision, Waiting, admit, priority
 from flame.controller.recovery import recover
+from flame.controller.register import Register
 from flame.controller.shelf import Saved
 from flame.controller.submission import Submission
 from flame.controller.supervisor import Supervisor
@@ -34,12 +35,9 @@ from flame.notifier import Notifier
 from flame.runners.base import Runner, WorkerExit, WorkerInfo
 from flame.spec.nouns import JobForm, Registry, TaskConfig
 from flame.spec.people import DEFAULT_PROJECT
-from flame.spec.records import Event, Job, JobState, Manifest, P2pTls, Round, Task
+from flame.spec.records import ComputeRecord, Event, Job, JobState, Manifest, P2pTls, Round, Task
 from flame.spec.topology import other_end
 from flame.store import Store
-
-#: Slots a core, where nobody has said how many workers a host takes.
-SLOTS_PER_CORE = 8
 
 
 class Controller:
@@ -47,7 +45,7 @@ class Controller:
 
     :param store: the state.
     :param notifier: the event streams.
-    :param runners: the computes by name; the first is where workers are started.
+    :param make: makes the runner of a compute.
     :param keys: what makes the workers' keys.
     :param options: what the operator has chosen.
     :param artifacts: where artifacts are kept; None: in the data directory.
@@ -57,16 +55,17 @@ class Controller:
         self,
         store: Store,
         notifier: Notifier,
-        runners: Mapping[str, Runner],
+        make: Callable[[ComputeRecord], Runner],
         keys: Keys,
         options: Options,
         *,
         artifacts: Artifacts | None = None,
     ) -> None:
         place = artifacts or open_artifacts(None, options.data_dir)
-        self.context = Context(
-            store, notifier, runners, keys, options, artifacts=place, lost=self._lease_lost, freed=self._something_freed
-        )
+        self.context = Context(store, notifier, make, keys, options, artifacts=place, lost=self._lease_lost)
+        self.computes = self.context.computes
+        self.computes.add_tenant(self)
+        self.register = Register(self.context)
         self.accounts = Accounts(store)
         self.catalog = Catalog(self.context)
         self._submission = Submission(self.context, self.catalog)
@@ -77,25 +76,22 @@ class Controller:
         self._looking = False
         self._quiet = asyncio.Event()
         self._quiet.set()
-        self.slots: int | None = options.slots
 
     async def open(self) -> None:
         """Connect to the computes and take up what an earlier process of the server has left."""
-        await recover(self.context, self._watch, self._worker_exited)
+        await self.register.ensure_default()
+        await recover(self.context, self._watch)
         for job in self.context.logs.jobs():
             if job not in self._active:
                 self.context.background.spawn(self.context.logs.archive(job))
-        if self.slots is None:
-            capacity = await self.context.runner.capacity()
-            self.slots = capacity.slots or SLOTS_PER_CORE * (os.cpu_count() or 1)
-        self._something_freed()
+        self.computes.settle()
+        self.freed()
 
     async def close(self) -> None:
         """Let go. Workers go on; whatever was about to be done is done by the next process."""
         self.context.leases.close()
         await self.context.background.close()
-        for runner in self.context.runners.values():
-            await runner.close()
+        await self.computes.close()
 
     # -------------------------------------------------------------------------------------------------- jobs
 
@@ -170,7 +166,7 @@ class Controller:
         finally:
             if supervisor.state is JobState.READY:
                 self._forget(supervisor)
-        self._something_freed()
+        self.freed()
         return supervisor.job
 
     async def stop_job(self, id: str) -> Job:
@@ -210,7 +206,7 @@ class Controller:
         finally:
             if supervisor.state is JobState.READY:
                 self._forget(supervisor)
-        self._something_freed()
+        self.freed()
         return supervisor.job
 
     async def delete_job(self, id: str) -> None:
@@ -227,7 +223,8 @@ class Controller:
             for task in await context.tasks.all({"jobId": id}):
                 for attempt in range(1, task.record.attempt + 1):
                     await context.notifier.drop(task_stream(task.id, attempt))
-                    await context.runner.clean(WorkerInfo(task.id, id, attempt, task.record.worker or ""))
+                    info = WorkerInfo(task.id, id, attempt, task.record.worker or "")
+                    await clean(context.computes, task.record.compute, info)
                 await context.tasks.delete(task.id)
             await context.notifier.drop(job_stream(id))
             await context.store.drop(rounds_stream(id))
@@ -273,7 +270,7 @@ class Controller:
     @property
     def used(self) -> int:
         """How many workers there are, or have been promised room."""
-        return sum(supervisor.room for supervisor in self._active.values())
+        return self.computes.used
 
     def supervisor(self, job: str) -> Supervisor | None:
         """What sees to a job that is under way; None for any other."""
@@ -436,12 +433,23 @@ class Controller:
         if job in self._active:
             self._active[job].silent(task, attempt)
 
-    def _worker_exited(self, info: WorkerInfo, how: WorkerExit) -> None:
-        supervisor = self._active.get(info.job)
-        if supervisor is not None:
-            supervisor.exited(info, how)
+    # ---------------------------------------------------------------------- as a tenant of computes
 
-    def _something_freed(self) -> None:
+    def owns(self, worker: WorkerInfo) -> bool:
+        """Whether a worker is one of a job that is under way."""
+        supervisor = self._active.get(worker.job)
+        return supervisor is not None and supervisor.owns(worker)
+
+    def exited(self, worker: WorkerInfo, how: WorkerExit) -> None:
+        """The runner has seen the end of a worker that nobody asked to end."""
+        self._active[worker.job].exited(worker, how)
+
+    def found(self, compute: str, workers: Sequence[WorkerInfo], asked: float) -> None:
+        """A compute is back, and has these workers of jobs."""
+        for supervisor in self._active.values():
+            supervisor.found(compute, [one for one in workers if one.job == supervisor.id], asked)
+
+    def freed(self) -> None:
         """There may be room for others; look at it once, when what happens now has happened."""
         if not self._looking:
             self._looking = True
@@ -453,20 +461,18 @@ class Controller:
             self._forget(supervisor)
             self.context.background.spawn(self.context.logs.archive(supervisor.id))
         waiting = {one.id: one for one in self._active.values() if one.state is JobState.STARTING and not one.admitted}
-        if not waiting:
-            return
         queue = [_place(supervisor) for supervisor in waiting.values()]
-        decision = admit(queue, self.used, self.slots)
-        for job in decision.admitted:
-            waiting[job].admitted = True
-            self.context.background.spawn(waiting[job].handle_surely(Admit()))
+        decision = admit(queue, self.computes.rooms()) if queue else Decision({}, {})
+        for job, chosen in decision.admitted.items():
+            waiting[job].admit(chosen)
+        self.computes.reserve(decision.reserved)
         for job, reason in decision.reasons.items():
             self.context.background.spawn(waiting[job].wait_for_room(reason))
 
 
 def _place(supervisor: Supervisor) -> Waiting:
     job = supervisor.job
-    return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, supervisor.workers)
+    return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, supervisor.needs())
 
 
 def _without_absent(supervisor: Supervisor, config: TaskConfig) -> TaskConfig:

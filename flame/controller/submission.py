@@ -15,7 +15,7 @@ import msgspec
 
 from flame.controller.catalog import Catalog
 from flame.controller.context import Context, StoredTask
-from flame.controller.placement import priority
+from flame.controller.placement import need_of, never, priority
 from flame.controller.shelf import Saved
 from flame.errors import NotFound, SpecError
 from flame.spec.check import check_job
@@ -103,6 +103,7 @@ class Submission:
         schema = form.schema or schema
         _refuse_crowds(form, schema)
         configs = expand(form, schema, registered, id)
+        self._refuse_unplaceable(form, schema, configs)
         if form.design_id is None:
             form = msgspec.structs.replace(
                 form, design_id=(await self._catalog.design_for(form, schema, code, project, owner)).id
@@ -111,6 +112,12 @@ class Submission:
         tasks = [_task(id, index, config, {**records, **brought}) for index, config in enumerate(configs)]
         spec = [_renamed(entry, brought) for entry in form.data_spec]
         return msgspec.structs.replace(form, schema=schema, code=code, datasets=[], data_spec=spec), tasks
+
+    def _refuse_unplaceable(self, form: JobForm, schema: Schema, configs: list[TaskConfig]) -> None:
+        """A job whose workers no computes could take, even if nothing else ran, would only wait."""
+        needs = [need_of(form, schema, config) for config in configs if not config.from_user]
+        if reason := never(needs, self._context.computes.rooms()):
+            raise SpecError(f"the job could never start: {reason}", "placement")
 
     async def _write_tasks(self, tasks: list[StoredTask]) -> None:
         await asyncio.gather(*(self._context.tasks.insert(task.id, task) for task in tasks))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,16 @@ from flame.controller.bookkeeping import (
     task_stream,
     with_workers,
 )
+from flame.controller.computes import clean
 from flame.controller.context import Context, StoredTask, log
 from flame.controller.ledger import Ledger, surely
+from flame.controller.placement import Need, need_of, placement_of
 from flame.controller.rendezvous import Rendezvous
 from flame.controller.shelf import Saved
 from flame.controller.workers import Crew, Worker
 from flame.errors import Forbidden
 from flame.runners.base import WorkerExit, WorkerInfo
+from flame.spec.nouns import Placement
 from flame.spec.records import Failure, Job, JobState, Model, Record, Report, TaskState
 
 #: Who has run for so long counts as steady: the losses before are forgotten.
@@ -67,9 +70,16 @@ class Supervisor:
         self._lock = asyncio.Lock()
         self._clock: asyncio.TimerHandle | None = None
         self._rendezvous = Rendezvous(job.id, form.schema.channels, context.store, self._tell_peers)
+        self._schema = form.schema
         self._crew = Crew(
-            context, job.id, form.model_spec.dependencies, happened=self.handle_surely, placed=self._placed
+            context,
+            job.id,
+            form.model_spec.dependencies,
+            self._placement_of,
+            happened=self.handle_surely,
+            placed=self._placed,
         )
+        self._places: dict[str, str] = {}
         self.admitted = job.record.state not in (JobState.READY, JobState.STARTING, JobState.PAUSED)
         self.paused = asyncio.Event()
         if job.record.state is JobState.PAUSED:
@@ -102,18 +112,14 @@ class Supervisor:
         """One task's record."""
         return self._ledger.task(id)
 
-    @property
-    def room(self) -> int:
-        """How many workers it has, or has been promised room for."""
-        if not self.admitted:
-            return 0
-        mine = (task for task in self._life.tasks.values() if not task.brought)
-        return sum(bool(task.live) or not task.state.ended for task in mine)
+    def needs(self) -> list[Need]:
+        """The places that its workers need when it is admitted; participants bring theirs."""
+        tasks = self._life.tasks.values()
+        return [self._need(task.id) for task in tasks if task.state is TaskState.READY and not task.brought]
 
-    @property
-    def workers(self) -> int:
-        """How many workers it needs of Flame; participants bring theirs."""
-        return sum(not task.brought for task in self._life.tasks.values())
+    def owns(self, info: WorkerInfo) -> bool:
+        """Whether a worker is one of this job's."""
+        return info.job == self.id and info.task in self._life.tasks
 
     def waits(self, task: str) -> bool:
         """Whether a task waits for its participant."""
@@ -182,28 +188,50 @@ class Supervisor:
         async with self._lock:
             await self._ledger.save_task(task, participant=None, holder=None, invite=None)
 
-    async def resume(self, workers: Sequence[WorkerInfo], history: History) -> None:
+    def admit(self, chosen: Mapping[str, str]) -> None:
+        """There is room for all of its workers: take it, and start them.
+
+        :param chosen: the compute for each task.
+        """
+        self.admitted = True
+        self._places = dict(chosen)
+        for task, compute in chosen.items():
+            self._hold(task, self._life.tasks[task].attempt + 1, compute)
+        self._context.background.spawn(self.handle_surely(events.Admit()))
+
+    async def resume(self, workers: Mapping[WorkerInfo, str], history: History) -> None:
         """Go on with a job that an earlier process of the server has begun.
 
-        :param workers: those of this job that the runner really has.
+        Where a compute cannot be reached, its workers are taken to be there: they are waited for, as long as any lease.
+
+        :param workers: those of this job that there really are, and on which compute each is.
         :param history: what the job's stream says.
         """
-        there: dict[tuple[str, int], WorkerInfo | None] = {(info.task, info.attempt): info for info in workers}
-        for task in self.tasks:  # nobody can list what participants have; if one is not there, its lease will tell
+        there: dict[tuple[str, int], tuple[WorkerInfo, str] | None] = {
+            (info.task, info.attempt): (info, compute) for info, compute in workers.items()
+        }
+        for task in self.tasks:
+            known = (task.id, task.attempt) in there or task.state.ended or not task.attempt
+            if not known and task.compute and not self._context.computes.reachable(task.compute):
+                presumed = WorkerInfo(task.id, self.id, task.attempt, task.worker or "")
+                there[task.id, task.attempt] = (presumed, task.compute)
+            # Nobody can list what participants have; if one is not there, its lease will tell.
             if task.config.from_user and task.state in (TaskState.DEPLOYING, TaskState.RUNNING):
                 there[task.id, task.attempt] = None
         await self._rendezvous.load()
         told = {key: await self._context.store.read(task_stream(*key)) for key in there}
         begun = {key for key, stream in told.items() if any(event.type == "start" for event in stream)}
         # From here to the next await nothing can end in between.
-        for key, info in there.items():
-            if info is None:
+        for key, found in there.items():
+            if found is None:
                 worker = self._crew.welcome(*key)
                 options = self._context.options
                 self._context.leases.begin((self.id, *key), max(options.lease, options.reunion))
                 worker.heard = True
             else:
-                worker = self._crew.adopt(info, self._life.tasks[info.task].role)
+                info, compute = found
+                self._hold(info.task, info.attempt, compute)
+                worker = self._crew.adopt(info, self._life.tasks[info.task].role, compute)
             worker.acked = history.heard.get(key, 0)
             worker.begun = key in begun
         self._life = with_workers(self._life, set(there), begun)
@@ -249,8 +277,11 @@ class Supervisor:
 
     def exited(self, info: WorkerInfo, how: WorkerExit) -> None:
         """The runner has seen the end of a worker that nobody asked to end."""
-        if info.task in self._life.tasks:
-            self._crew.exited(info, how, self._life.tasks[info.task].role)
+        self._crew.exited(info, how, self._life.tasks[info.task].role)
+
+    def found(self, compute: str, workers: Sequence[WorkerInfo], asked: float) -> None:
+        """A compute is back, and has these workers of this job."""
+        self._crew.found(compute, workers, asked, lambda task: self._life.tasks[task].role)
 
     async def report(self, task: str, attempt: int, reports: Sequence[Report]) -> int:
         """Take in what a flamelet reports, in order; what was heard before is passed over.
@@ -280,6 +311,16 @@ class Supervisor:
         """A worker has said how its task ended: it is about to go."""
         if worker := self._crew.get(task, attempt):
             worker.parted.set()
+
+    def _placement_of(self, role: str) -> Placement:
+        return placement_of(self._ledger.job.form, self._schema, role)
+
+    def _need(self, task: str) -> Need:
+        config = self._ledger.task(task).config
+        return need_of(self._ledger.job.form, self._schema, config)
+
+    def _hold(self, task: str, attempt: int, compute: str) -> None:
+        self._context.computes.hold((self.id, task, attempt), compute, self._need(task).load)
 
     def _cause(self, task: str, attempt: int, message: str) -> Failure:
         tail = self._context.logs.tail(self.id, task, attempt)
@@ -332,12 +373,18 @@ class Supervisor:
         states = [action.state for action in actions if isinstance(action, events.Enter)]
         changed = [task for task in after.tasks.values() if task is not before.tasks[task.id]]
         fields = {task.id: values for task in changed if (values := task_fields(before.tasks[task.id], task, now))}
+        asked = [action for action in actions if isinstance(action, events.Ask)]
+        for ask in asked:
+            fields[ask.task]["compute"] = self._places.get(ask.task) or self._elsewhere(ask.task)
         if after.state.ended and states:
             await self._ledger.keep_rounds()
         await self._ledger.save_tasks(fields)
         await self._ledger.save_job(**job_fields(self._ledger.job, before, after, actions, now))
         # It is in the store, so it has happened: from here on nothing may fail.
         self._life = after
+        for ask in asked:
+            self._places.pop(ask.task, None)
+            self._hold(ask.task, ask.attempt, fields[ask.task]["compute"])
         news: list[Entry] = [("warning", {"message": one.message}) for one in actions if isinstance(one, events.Warn)]
         news += [task_news(self._ledger.task(task)) for task in fields]
         news += [job_news(self._ledger.job, state) for state in states]
@@ -359,7 +406,8 @@ class Supervisor:
         context = self._context
         match action:
             case events.Ask(task=task, attempt=attempt, delay=delay):
-                self._crew.begin(task, attempt, self._life.tasks[task].role, delay)
+                compute = self._ledger.task(task).compute or ""
+                self._crew.begin(task, attempt, self._life.tasks[task].role, compute, delay=delay)
             case events.Expect(task=task, attempt=attempt):
                 self._crew.welcome(task, attempt)
             case events.Release(task=task, attempt=attempt):
@@ -389,14 +437,21 @@ class Supervisor:
             self._clock.cancel()
             self._clock = None
         self.paused.set()
-        self._context.freed()
+        self._forgo()
+
+    def _forgo(self) -> None:
+        """Give back what room was promised and has not been used."""
+        self._places.clear()
+        for task in self._life.tasks.values():
+            self._context.computes.give((self.id, task.id, task.attempt + 1))
+        self._context.computes.changed()
 
     def _conclude(self) -> None:
         """The job has ended: let go of all that only a running job needs."""
         if self._clock is not None:
             self._clock.cancel()
         self.over.set()
-        self._context.freed()
+        self._forgo()
         self._context.background.spawn(self._tidy())
 
     async def _tidy(self) -> None:
@@ -405,7 +460,7 @@ class Supervisor:
         for worker in self._crew.all():
             await context.notifier.drop(task_stream(worker.task, worker.attempt))
             if worker.info is not None and self.state is JobState.COMPLETED:
-                await context.runner.clean(worker.info)
+                await clean(context.computes, worker.compute, worker.info)
 
     def _wind_clock(self) -> None:
         limit, since = self._ledger.job.form.max_run_time, self._ledger.job.running_at
@@ -419,7 +474,11 @@ class Supervisor:
     async def _placed(self, info: WorkerInfo) -> None:
         async with self._lock:
             if self._life.tasks[info.task].attempt == info.attempt:
-                await self._ledger.save_task(info.task, compute=self._context.compute, worker=info.handle)
+                await self._ledger.save_task(info.task, worker=info.handle)
+
+    def _elsewhere(self, task: str) -> str:
+        last = self._ledger.task(task).compute
+        return self._context.computes.elsewhere(self._need(task), last, self._crew.shunned)
 
     async def _tell(self, task: str, attempt: int, type: str, data: dict[str, Any]) -> None:
         worker = self._crew.get(task, attempt)

@@ -7,12 +7,14 @@ it goes back to the job as an event: nothing in here decides what happens next.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 
 from flame.controller.context import Context, log
 from flame.controller.events import Gone
 from flame.errors import FlameError, RunnerError
 from flame.runners.base import WorkerExit, WorkerInfo, WorkerSpec
+from flame.spec.nouns import Placement
 from flame.spec.records import Failure
 
 _LAST_WORDS = 8192
@@ -27,16 +29,20 @@ class Worker:
     :ivar reporting: held while reports are taken in, one batch after another.
     :ivar since: when it was known to run its task's code, by the loop's clock; None: it does not yet.
     :ivar unwanted: set when it is to end; one that waits to be started is not started then.
+    :ivar compute: where it is.
     :ivar info: the runner's address of it, once it has been started.
+    :ivar born: when it had been started (``time.monotonic()``).
     :ivar started: set when the start has come to an end, well or badly.
     :ivar gone: set when nothing of it is left.
     :ivar parted: set when it has said how its task ended.
     :ivar brought: a participant has started it, so nobody but the participant can end it.
     """
 
-    def __init__(self, task: str, attempt: int) -> None:
+    def __init__(self, task: str, attempt: int, compute: str) -> None:
         self.task = task
         self.attempt = attempt
+        self.compute = compute
+        self.born = 0.0
         self.heard = False
         self.begun = False
         self.acked = 0
@@ -56,6 +62,7 @@ class Crew:
     :param context: the controller's surroundings.
     :param job: the job's id.
     :param dependencies: what the runner has to install for its code.
+    :param placement_of: by role, what its workers may use, and from which image they are made.
     :param happened: takes the event that a worker is gone.
     :param placed: told where a worker has been started.
     """
@@ -65,6 +72,7 @@ class Crew:
         context: Context,
         job: str,
         dependencies: list[str],
+        placement_of: Callable[[str], Placement],
         *,
         happened: Callable[[Gone], Awaitable[None]],
         placed: Callable[[WorkerInfo], Awaitable[None]],
@@ -72,6 +80,9 @@ class Crew:
         self._context = context
         self._job = job
         self._dependencies = dependencies
+        self._placement_of = placement_of
+        #: The computes at which a start has failed.
+        self.shunned: set[str] = set()
         self._happened = happened
         self._placed = placed
         self._workers: dict[tuple[str, int], Worker] = {}
@@ -85,24 +96,24 @@ class Crew:
         """Every worker there was since this process of the server began."""
         return list(self._workers.values())
 
-    def begin(self, task: str, attempt: int, role: str, delay: float = 0.0) -> None:
+    def begin(self, task: str, attempt: int, role: str, compute: str, *, delay: float = 0.0) -> None:
         """Start a worker. If it cannot be started, it is gone, and the cause says why.
 
         :param delay: seconds to wait before.
         """
-        worker = self.expect(task, attempt, delay)
+        worker = self.expect(task, attempt, compute, delay=delay)
         self._context.background.spawn(self._start(worker, role, delay))
 
-    def expect(self, task: str, attempt: int, delay: float = 0.0) -> Worker:
+    def expect(self, task: str, attempt: int, compute: str, *, delay: float = 0.0) -> Worker:
         """A worker may be there from now on: its calls are answered and its lease counts."""
-        worker = self._workers.setdefault((task, attempt), Worker(task, attempt))
+        worker = self._workers.setdefault((task, attempt), Worker(task, attempt, compute))
         self._context.logs.open(self._job, task, attempt)
         self._context.leases.begin((self._job, task, attempt), self._context.options.deploy + delay)
         return worker
 
     def welcome(self, task: str, attempt: int) -> Worker:
         """A participant starts this worker, or has started it under an earlier process of the server."""
-        worker = self.expect(task, attempt)
+        worker = self.expect(task, attempt, "")
         worker.brought = True
         worker.started.set()
         return worker
@@ -115,9 +126,9 @@ class Crew:
             self._context.leases.drop((self._job, task, attempt))
             self._context.logs.close(self._job, task, attempt)
 
-    def adopt(self, info: WorkerInfo, role: str) -> Worker:
+    def adopt(self, info: WorkerInfo, role: str, compute: str) -> Worker:
         """An earlier process of the server has started this worker, and it is there: it has some time to come back."""
-        worker = self.expect(info.task, info.attempt)
+        worker = self.expect(info.task, info.attempt, compute)
         options = self._context.options
         self._context.leases.begin((self._job, info.task, info.attempt), max(options.lease, options.reunion))
         worker.info = info
@@ -147,30 +158,56 @@ class Crew:
         else:
             self._context.background.spawn(self._exit(worker, how, role))
 
+    def found(self, compute: str, workers: Sequence[WorkerInfo], asked: float, role_of: Callable[[str], str]) -> None:
+        """A compute is back. Workers that it does not have any more are gone; those that nobody counts on are ended.
+
+        :param workers: those of this job that it has.
+        :param asked: when it was asked; it cannot have known of what was started since.
+        """
+        there = {(info.task, info.attempt): info for info in workers}
+        for worker in self.all():
+            info = there.pop((worker.task, worker.attempt), None)
+            if worker.compute != compute or worker.gone.is_set() or not worker.started.is_set():
+                continue
+            if info is not None:
+                worker.info = info
+            elif worker.born < asked:
+                message = f"Its worker had ended when compute {compute!r} could be reached again."
+                failure = self._failure(worker, role_of(worker.task), message)
+                self._context.background.spawn(self._gone(worker, failure))
+        for info in there.values():
+            worker = self.adopt(info, role_of(info.task), compute)
+            self.end(worker.task, worker.attempt, role_of(info.task), parting=False)
+
     async def _start(self, worker: Worker, role: str, delay: float) -> None:
         if delay and await _within(delay, worker.unwanted):
             worker.started.set()
             return  # who asked for its end says that it is gone
-        options, keys = self._context.options, self._context.keys
+        computes, keys, options = self._context.computes, self._context.keys, self._context.options
+        placement = self._placement_of(role)
         spec = WorkerSpec(
             task=worker.task,
             job=self._job,
             attempt=worker.attempt,
             environment={
                 **options.worker_environment,
-                "FLAME_SERVER": options.server,
+                "FLAME_SERVER": computes.server(worker.compute),
                 "FLAME_TASK": worker.task,
                 "FLAME_TASK_KEY": keys.task(worker.task, worker.attempt),
                 "FLAME_ATTEMPT": str(worker.attempt),
             },
             dependencies=self._dependencies,
+            resources=placement.resources,
+            image=placement.image,
         )
         try:
-            worker.info = await self._context.runner.start(spec)
+            worker.info = await computes.runner(worker.compute).start(spec)
         except FlameError as error:
             worker.started.set()
+            self.shunned.add(worker.compute)
             await self._gone(worker, self._failure(worker, role, f"Its worker could not be started: {error.message}"))
             return
+        worker.born = time.monotonic()
         worker.started.set()
         log.debug("job %s: worker %s of %s started", self._job, worker.info.handle, spec.name)
         await self._placed(worker.info)
@@ -189,7 +226,7 @@ class Crew:
         pause = 0.5
         while not worker.gone.is_set() and worker.info is not None:
             try:
-                await self._context.runner.end(worker.info, grace=self._context.options.grace)
+                await self._context.computes.runner(worker.compute).end(worker.info, grace=self._context.options.grace)
                 break
             except RunnerError as error:
                 log.error("job %s: the worker of %s cannot be ended: %s", self._job, worker.task, error)
@@ -223,18 +260,20 @@ class Crew:
     async def _gone(self, worker: Worker, failure: Failure) -> None:
         """Nothing of the worker is left: its log is whole, its lease over, its place free."""
         key = (self._job, worker.task, worker.attempt)
+        if worker.gone.is_set():
+            return
         worker.gone.set()
         self._context.leases.drop(key)
         await self._happened(Gone(worker.task, worker.attempt, failure))
         self._context.logs.close(*key)
-        self._context.freed()
+        self._context.computes.give(key)
 
     async def _last_words(self, worker: Worker) -> list[str]:
         """What the worker itself has printed, for one that never got to run its task's code."""
         assert worker.info is not None
         tail = b""
         try:
-            async for piece in self._context.runner.logs(worker.info):
+            async for piece in self._context.computes.runner(worker.compute).logs(worker.info):
                 tail = (tail + piece)[-_LAST_WORDS:]
         except RunnerError as error:
             log.warning("job %s: the output of worker %s cannot be read: %s", self._job, worker.info.handle, error)

@@ -46,6 +46,20 @@ class Resources(Form, frozen=True, kw_only=True):
         return None if self.memory is None else parse_bytes(self.memory, "resources: memory")
 
 
+class Placement(Form, frozen=True, kw_only=True):
+    """Where the workers of a role run, and with what.
+
+    :ivar realm: a compute's name, or a region such as ``default/us``; empty: anywhere. Workers that consume data are
+        bound to their dataset's realm besides.
+    :ivar resources: what each worker may use.
+    :ivar image: the container image on computes that run containers; None: the compute's own.
+    """
+
+    realm: str = ""
+    resources: Resources = field(default_factory=Resources)
+    image: str | None = None
+
+
 class Sorted(Form, frozen=True, kw_only=True):
     """A choice by name with arguments: ``{"sort": "fedadam", "kwargs": {"beta_1": 0.9}}``."""
 
@@ -64,7 +78,8 @@ class Role(Form, frozen=True, kw_only=True):
     """A kind of worker.
 
     ``group_association`` has an entry for each kind of place in the topology: a mapping of channel to group.
-    ``replica`` counts workers per entry of a role that consumes no data.
+    ``replica`` counts workers per entry of a role that consumes no data. ``placement`` says where and with what its
+    workers run, unless the job says it.
     """
 
     name: Name
@@ -72,6 +87,7 @@ class Role(Form, frozen=True, kw_only=True):
     is_data_consumer: bool = False
     replica: PositiveInt = 1
     group_association: list[dict[str, str]] = field(default_factory=list)
+    placement: Placement | None = None
 
 
 class Channel(Form, frozen=True, kw_only=True):
@@ -256,7 +272,8 @@ class JobForm(Form, frozen=True, kw_only=True):
 
     Either ``design_id`` names a registered design, or ``schema`` and ``code`` (the SHA-256 of an uploaded
     bundle, see ``PUT /v1/bundles/{sha256}``) are given inline. ``datasets`` registers those that the job brings;
-    ``data_spec`` refers to them, or to registered ones, by id.
+    ``data_spec`` refers to them, or to registered ones, by id. ``placement`` says by role where its workers run and with
+    what.
 
     :ivar restart: how lost workers are replaced.
     :ivar on_failure: what becomes of a job that cannot go on: ``fail``, or ``pause``, from where it can be resumed.
@@ -277,6 +294,7 @@ class JobForm(Form, frozen=True, kw_only=True):
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     on_failure: Literal["fail", "pause"] = "fail"
+    placement: dict[str, Placement] = field(default_factory=dict)
 
 
 class JobRef(Form, frozen=True, kw_only=True):

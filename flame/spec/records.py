@@ -139,6 +139,29 @@ class ComputeRecord(Record, kw_only=True):
     created_at: float = 0.0
 
 
+class ComputeUse(Record, kw_only=True):
+    """What there is on a compute, or what of it is taken: workers, cores, bytes, GPUs. None: no limit is known."""
+
+    slots: int | None = None
+    cpu: float | None = None
+    memory: int | None = None
+    gpu: int | None = None
+
+
+class ComputeStatus(ComputeRecord, kw_only=True):
+    """A compute as it is answered.
+
+    :ivar state: ``ready``, ``unreachable`` (``problem`` says why) or ``drained``.
+    :ivar capacity: what there is in all: what is registered, else what the compute says itself.
+    :ivar used: what its workers take, or have been promised.
+    """
+
+    state: str
+    problem: str | None = None
+    capacity: ComputeUse = field(default_factory=ComputeUse)
+    used: ComputeUse = field(default_factory=ComputeUse)
+
+
 class Job(Record, kw_only=True):
     """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04.
 

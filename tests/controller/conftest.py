@@ -232,9 +232,10 @@ async def controlled(
     real = open_store("sqlite:///flame.db", folder)
     bench.store = wrap(real) if wrap else real
     notifier = Notifier(bench.store)
-    runner = FakeRunner(world, folder)
     given = {"slots": 100, "parting": 0.2, **options}
-    bench.controller = Controller(bench.store, notifier, {"fake": runner}, KEYS, Options(data_dir=folder, **given))
+    bench.controller = Controller(
+        bench.store, notifier, lambda compute: FakeRunner(world, folder), KEYS, Options(data_dir=folder, **given)
+    )
     try:
         bench.code = await real.put_bundle(code(folder))
         await bench.controller.open()

@@ -17,7 +17,6 @@ from flame.controller.artifacts import JobArtifacts
 from flame.controller.keys import Keys
 from flame.controller.leases import Leases
 from flame.controller.logs import Logs
-from flame.controller.placement import Waiting, admit, priority
 from flame.controller.submission import new_id
 from flame.errors import NotFound, SpecError, StoreError
 
@@ -178,39 +177,6 @@ async def test_a_server_that_was_held_up_blames_no_worker() -> None:
     await asyncio.sleep(0.01)
     assert not lost
     leases.close()
-
-
-waiting = st.builds(
-    Waiting,
-    job=st.uuids().map(str),
-    priority=st.integers(0, 2),
-    order=st.floats(0, 10),
-    workers=st.integers(1, 12),
-)
-
-
-@given(st.lists(waiting, max_size=12), st.integers(0, 12), st.integers(1, 10) | st.none())
-def test_the_queue_is_strict_and_never_overfull(queue: list[Waiting], used: int, slots: int | None) -> None:
-    decision = admit(queue, used, slots)
-    ordered = [one.job for one in sorted(queue, key=lambda one: (-one.priority, one.order))]
-    count = len(decision.admitted)
-    assert decision.admitted == ordered[:count], "nobody passes another"
-    assert set(decision.reasons) == set(ordered[count:]), "everyone who waits is told why"
-    workers = {one.job: one.workers for one in queue}
-    total = used + sum(workers[job] for job in decision.admitted)
-    if slots is None:
-        assert count == len(queue)
-    elif count:
-        assert total <= slots or (used == 0 and count == 1), "only one that is alone may be too big"
-    if slots is not None and count < len(queue):
-        assert total > 0
-        assert total + workers[ordered[count]] > slots, "no room is wasted"
-
-
-def test_a_priority_is_a_word_or_a_number() -> None:
-    assert [priority(word) for word in ("high", "medium", "low", "75", "-1")] == [100, 50, 0, 75, -1]
-    with pytest.raises(SpecError, match="no priority"):
-        priority("urgent")
 
 
 def test_ids_sort_by_time_even_when_the_clock_stands_still() -> None:

@@ -148,13 +148,17 @@ class Mortal:
 
     WRITES = ("insert", "replace", "delete", "append", "drop")
 
-    def __init__(self, store: Store, at: int = 0, *, after: bool = False) -> None:
+    def __init__(self, store: Store, *, after: bool = False) -> None:
         self._store = store
-        self._at = at
+        self._at = 0
         self._after = after
         self.writes = 0
         self.failing = False
         self.killed = asyncio.Event()
+
+    def count(self, at: int) -> None:
+        """Count from now on: the write at which to die; 0 for none."""
+        self.writes, self._at = 0, at
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
@@ -231,11 +235,12 @@ async def play(control: Control, world: Any, at: int, *, after: bool) -> int:
     stores: list[Mortal] = []
 
     def wrap(store: Store) -> Any:
-        stores.append(Mortal(store, at if not stores else 0, after=after))
+        stores.append(Mortal(store, after=after))
         return stores[-1]
 
-    for _ in range(2):
+    for life in range(2):
         async with control(wrap=wrap) as bench:
+            stores[-1].count(at if life == 0 else 0)
             play.bench = bench
             play.there.set()
 
