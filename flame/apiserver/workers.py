@@ -55,6 +55,19 @@ class Kept(Record, kw_only=True):
     path: str
 
 
+class Offer(Record, kw_only=True, forbid_unknown_fields=True):
+    """A checkpoint that lies in the worker's own directory: the file's name there, and its size in bytes."""
+
+    file: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Adopted(Record, kw_only=True):
+    """Whether the server has found the file, and kept it; else it must be sent."""
+
+    kept: bool
+
+
 class Lease(Record, kw_only=True):
     """For how many seconds the worker counts as alive without another word."""
 
@@ -76,7 +89,7 @@ async def orders(call: Call[None, OrdersQuery]) -> web.StreamResponse:
 
 async def manifest(call: Call[None, AttemptQuery]) -> Manifest:
     """Give a task's manifest."""
-    return call.api.controller.manifest(*_enter(call))
+    return await call.api.controller.manifest(*_enter(call))
 
 
 async def code(call: Call[None, AttemptQuery]) -> web.Response:
@@ -117,6 +130,51 @@ async def artifact(call: Call[Any, AttemptQuery]) -> Kept:
             yield piece
 
     return Kept(path=await controller.context.artifacts.put(supervisor.id, call.path("name"), pieces()))
+
+
+def _round(call: Call[Any, Any]) -> int:
+    text = call.path("round")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise SpecError(f"{text[:50]!r} is no number of a round.", "round")
+    return int(text)
+
+
+async def keep(call: Call[Any, AttemptQuery]) -> Adopted:
+    """Take in a checkpoint; the worker lives while it sends."""
+    supervisor, task, attempt = _enter(call)
+    controller, number = call.api.controller, _round(call)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        async for piece in call.request.content.iter_any():
+            controller.context.leases.renew((supervisor.id, task, attempt))
+            yield piece
+
+    most = supervisor.job.form.policy.checkpoint.keep
+    await controller.context.checkpoints.put(supervisor.id, task, number, pieces(), most)
+    return Adopted(kept=True)
+
+
+async def adopt(call: Call[Offer, AttemptQuery]) -> Adopted:
+    """Look for a checkpoint in the worker's directory."""
+    supervisor, task, attempt = _enter(call)
+    most = supervisor.job.form.policy.checkpoint.keep
+    kept = await call.api.controller.context.checkpoints.adopt(
+        supervisor.id, task, _round(call), most, attempt=attempt, file=call.body.file, size=call.body.size
+    )
+    return Adopted(kept=kept)
+
+
+async def checkpoint(call: Call[None, AttemptQuery]) -> web.StreamResponse:
+    """Give what an earlier attempt has reached."""
+    supervisor, task, _ = _enter(call)
+    kept, number = call.api.controller.context.checkpoints, _round(call)
+    size = await kept.size(supervisor.id, task, number)
+    response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Length": str(size)})
+    await response.prepare(call.request)
+    async for piece in kept.read(supervisor.id, task, number):
+        await response.write(piece)
+    await response.write_eof()
+    return response
 
 
 async def lease(call: Call[None, AttemptQuery]) -> Lease:
@@ -188,6 +246,38 @@ ROUTES = [
         query=AttemptQuery,
         body=bytes,
         answer=Kept,
+    ),
+    Route(
+        method="PUT",
+        path=f"{_ONE}/checkpoints/{{round}}",
+        handler=keep,
+        summary="Hand in what the worker has reached after a round.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        body=bytes,
+        answer=Adopted,
+    ),
+    Route(
+        method="POST",
+        path=f"{_ONE}/checkpoints/{{round}}",
+        handler=adopt,
+        summary="Say in which file of the worker's directory what it has reached lies, if the server can see it.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        body=Offer,
+        answer=Adopted,
+    ),
+    Route(
+        method="GET",
+        path=f"{_ONE}/checkpoints/{{round}}",
+        handler=checkpoint,
+        summary="Download what an earlier worker of the task has reached.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        answer=bytes,
+        content="application/octet-stream",
+        stream=True,
+        refusals=(404,),
     ),
     Route(
         method="POST",

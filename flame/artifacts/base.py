@@ -87,6 +87,13 @@ class Artifacts(abc.ABC):
         """The file that holds the artifact, where it is one and there: for who can send or map it without a copy."""
         return None
 
+    async def adopt(self, name: str, source: Path, size: int) -> bool:
+        """Keep a file of this machine without copying it, where the place can. Whoever has it must not change it any more.
+
+        :returns: False where it cannot, or there is no file of this size; then it is to be put.
+        """
+        return False
+
     async def get(self, name: str) -> bytes:
         """The whole of a small artifact.
 

@@ -208,6 +208,18 @@ def round_of(data: dict[str, Any]) -> Round:
     return Round(round=data["round"], metrics=data["metrics"], seconds=data["seconds"], group=data.get("group", ""))
 
 
+def keep_round(rounds: list[Round], done: Round) -> None:
+    """Add a round; one that was done before, by a worker that was lost before it could be kept, is replaced."""
+    key = (done.round, done.group)
+    for index in range(len(rounds) - 1, -1, -1):
+        if (rounds[index].round, rounds[index].group) == key:
+            rounds[index] = done
+            return
+        if rounds[index].group == done.group and rounds[index].round < done.round:
+            break
+    rounds.append(done)
+
+
 def ends(event: Event) -> bool:
     """Whether an event is the last of its job's stream."""
     return event.type == "job" and JobState(event.data["state"]).ended
@@ -236,7 +248,7 @@ class History:
         elif event.type == "task":
             self.tasks[data["task"]] = (data["state"], data["attempt"])
         elif event.type == "round":
-            self.rounds.append(round_of(data))
+            keep_round(self.rounds, round_of(data))
         if "report" in data:
             key = (data["task"], data["attempt"])
             self.heard[key] = max(self.heard.get(key, 0), data["report"])

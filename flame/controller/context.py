@@ -14,6 +14,7 @@ import msgspec
 from flame.artifacts import Artifacts
 from flame.controller.artifacts import JobArtifacts
 from flame.controller.bundles import Bundles
+from flame.controller.checkpoints import Checkpoints
 from flame.controller.computes import Computes
 from flame.controller.keys import Keys
 from flame.controller.leases import Leases
@@ -154,6 +155,7 @@ class Context:
         self.leases = Leases(options.lease, lost)
         self.logs = Logs(options.data_dir / "logs", artifacts)
         self.artifacts = JobArtifacts(artifacts, options.largest_artifact)
+        self.checkpoints = Checkpoints(artifacts, options.data_dir, options.largest_artifact)
         self.bundles = Bundles(store, artifacts)
         self.background = Background()
         self.jobs: Shelf[Job] = Shelf(store, "jobs", Job)

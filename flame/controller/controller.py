@@ -231,6 +231,7 @@ class Controller:
             await context.logs.remove(id)
             await context.artifacts.remove(id)
             await self.participants.forget(id)
+            await context.checkpoints.remove(id)
             await context.jobs.delete(id)
         await self.catalog.release(saved.record.code)
 
@@ -364,16 +365,18 @@ class Controller:
         await supervisor.connected(task, attempt)
         return self.context.notifier.batches(task_stream(task, attempt), after)
 
-    def manifest(self, supervisor: Supervisor, task: str, attempt: int) -> Manifest:
+    async def manifest(self, supervisor: Supervisor, task: str, attempt: int) -> Manifest:
         """What a flamelet needs to run a task: the configuration with the server's own choices filled in."""
         job = supervisor.job
         assert job.code is not None
+        kept = await self.context.checkpoints.find(job.id, task)
         return Manifest(
             config=self._filled(_without_absent(supervisor, supervisor.task(task).config)),
             code=job.code,
             job_key=self.context.keys.job(job.id),
             attempt=attempt,
             p2p_tls=self._certificate(job, task, attempt) if self.context.options.p2p_tls else None,
+            checkpoints=[one.round for one in kept],
         )
 
     def _certificate(self, job: Job, task: str, attempt: int) -> P2pTls:

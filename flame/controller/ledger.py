@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from flame.controller.bookkeeping import WARNINGS, Entry, History, job_stream, round_of, rounds_stream
+from flame.controller.bookkeeping import WARNINGS, Entry, History, job_stream, keep_round, round_of, rounds_stream
 from flame.controller.context import Context, StoredTask, log
 from flame.controller.shelf import Saved
 from flame.errors import StoreError
@@ -84,7 +84,9 @@ class Ledger:
         """Add events to the job's stream, and tell them."""
         if entries:
             await self._context.notifier.publish_many(job_stream(self.id), entries)
-            self._rounds += [round_of(data) for kind, data in entries if kind == "round"]
+            for kind, data in entries:
+                if kind == "round":
+                    keep_round(self._rounds, round_of(data))
 
     async def warn(self, message: str) -> None:
         """Keep a warning with the job, once, and tell it."""

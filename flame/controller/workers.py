@@ -7,6 +7,7 @@ it goes back to the job as an event: nothing in here decides what happens next.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -18,6 +19,8 @@ from flame.spec.nouns import Placement
 from flame.spec.records import Failure
 
 _LAST_WORDS = 8192
+#: Variables of the server that its workers get, too: where crashes are tried (:mod:`flame.sdk.chaospoints`).
+_PASSED_ON = ("FLAME_CHAOS",)
 
 
 class Worker:
@@ -195,6 +198,7 @@ class Crew:
                 "FLAME_TASK": worker.task,
                 "FLAME_TASK_KEY": keys.task(worker.task, worker.attempt),
                 "FLAME_ATTEMPT": str(worker.attempt),
+                **{name: os.environ[name] for name in _PASSED_ON if name in os.environ},
             },
             dependencies=self._dependencies,
             resources=placement.resources,

@@ -20,7 +20,7 @@ from flame.client.follow import insist, resumed
 from flame.client.http import Session
 from flame.errors import FlameError, Forbidden, NotFound, Unauthorized
 from flame.flamelet.child import Child
-from flame.flamelet.fetch import fetch
+from flame.flamelet.fetch import CHECKPOINTS, fetch
 from flame.flamelet.memory import Memory, read_memory
 from flame.flamelet.outbox import Outbox
 from flame.flamelet.output import Output
@@ -56,6 +56,12 @@ class Artifact(Record, kw_only=True):
     path: str
 
 
+class Adopted(Record, kw_only=True):
+    """The server's answer: it has found the file where this worker says that it is."""
+
+    kept: bool
+
+
 class Agent:
     """One worker's agent, for one attempt of one task.
 
@@ -78,6 +84,7 @@ class Agent:
         self._child: Child | None = None
         self._uploads: set[asyncio.Task[None]] = set()
         self._failure: str | None = None  # the child's own sentence
+        self._neighbour = True  # as far as is known, the server sees this worker's files
         self._memory = Memory()
         self._started = asyncio.Event()
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -214,6 +221,7 @@ class Agent:
             "FLAME_ATTEMPT": str(self._settings.attempt),
             "FLAME_ARTIFACTS": str(artifacts),
             **self._p2p_tls(manifest),
+            "FLAME_CHECKPOINTS": str(self._work_dir / CHECKPOINTS),
         }
 
     def _p2p_tls(self, manifest: Manifest) -> dict[str, str]:
@@ -236,11 +244,42 @@ class Agent:
             if kind in _REPORTS:
                 self._outbox.put(kind, message)
             elif kind == "artifact":
-                upload = asyncio.create_task(self._upload(child, str(message.get("name")), str(message.get("path"))))
-                self._uploads.add(upload)
-                upload.add_done_callback(self._uploads.discard)
+                self._beside(self._upload(child, str(message.get("name")), str(message.get("path"))))
+            elif kind == "checkpoint" and isinstance(message.get("round"), int):
+                self._beside(self._keep(child, message["round"], Path(str(message.get("path")))))
             elif kind == "failure":
                 self._failure = str(message.get("message"))
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        upload = asyncio.create_task(work)
+        self._uploads.add(upload)
+        upload.add_done_callback(self._uploads.discard)
+
+    async def _keep(self, child: Child, number: int, path: Path) -> None:
+        """Hand a checkpoint to the server and tell the child. A server on this machine is told where it lies."""
+        url = f"{self._url}/checkpoints/{number}"
+
+        async def put() -> None:
+            if await self._adopted(url, path):
+                return
+            with path.open("rb") as file:
+                await self._session.call("PUT", url, query=self._query, data=file)
+
+        try:
+            await insist(put, patience=self._patience)
+            path.unlink(missing_ok=True)
+            child.send({"type": "artifact", "name": path.name, "path": url})
+        except (FlameError, OSError) as error:
+            child.send({"type": "artifact", "name": path.name, "path": url, "error": str(error)})
+
+    async def _adopted(self, url: str, path: Path) -> bool:
+        """Whether the server has found the file by itself, which spares it a copy."""
+        if not self._neighbour:
+            return False
+        body = {"file": path.name, "size": path.stat().st_size}
+        kept = await self._session.call("POST", url, query=self._query, body=body, into=Adopted)
+        self._neighbour = kept.kept
+        return kept.kept
 
     async def _upload(self, child: Child, name: str, path: str) -> None:
         """Hand an artifact to the server and tell the child."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,9 @@ from flame.errors import SpecError
 from flame.flamelet.settings import Settings
 from flame.spec import bundle
 from flame.spec.records import Manifest
+
+#: The folder in the worker's directory in which the checkpoints of earlier attempts are laid out.
+CHECKPOINTS = "checkpoints"
 
 
 async def fetch(session: Session, url: str, query: Query, settings: Settings) -> tuple[Manifest, Path]:
@@ -42,4 +46,19 @@ async def fetch(session: Session, url: str, query: Query, settings: Settings) ->
     task.config = msgspec.structs.replace(task.config, **own)
     folder = bundle.extract(data, task.config.role, Path(settings.work_dir).absolute(), "the job's code")
     (folder / "config.json").write_bytes(msgspec.json.encode(task.config))
+    kept = Path(settings.work_dir).absolute() / CHECKPOINTS
+    for number in task.checkpoints:
+        kept.mkdir(exist_ok=True)
+        path = kept / f"{number}.safetensors"
+        await insist(partial(_download, session, f"{url}/checkpoints/{number}", query, path), patience=patience)
     return task, folder
+
+
+async def _download(session: Session, url: str, query: Query, path: Path) -> None:
+    """Lay out one file, whole."""
+    beside = path.with_suffix(".part")
+    async with session.open("GET", url, query=query) as answer:
+        with beside.open("wb") as file:
+            async for piece in answer.chunks():
+                file.write(piece)
+    beside.replace(path)

@@ -193,6 +193,17 @@ class Channel:
                     here[end].set_property(*pair)
         return [end for end in chosen if end in here]
 
+    def selector_state(self) -> dict[str, Any]:
+        """What the selector must not forget; empty where there is nothing, or it does not say."""
+        state: dict[str, Any] = getattr(self._selector, "state", dict)()
+        return state
+
+    def load_selector_state(self, state: Mapping[str, Any]) -> None:
+        """Let the selector go on where that of an earlier process was."""
+        load = getattr(self._selector, "load_state", None)
+        if load is not None:
+            load(state)
+
     def all_ends(self) -> list[str]:
         """All ends that are there, in the order in which they came."""
         with self._inbox.condition:

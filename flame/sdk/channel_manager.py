@@ -155,6 +155,17 @@ class ChannelManager:
         """Whether a channel is joined."""
         return name in self._channels
 
+    def selector_states(self) -> dict[str, Any]:
+        """What the channels' selectors must not forget, by channel."""
+        states = {name: channel.selector_state() for name, channel in self._channels.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_selector_states(self, states: Mapping[str, Any]) -> None:
+        """Let the selectors go on where those of an earlier process were."""
+        for name, state in states.items():
+            if name in self._channels:
+                self._channels[name].load_selector_state(state)
+
     def secret(self, purpose: str) -> bytes:
         """32 bytes that every worker of the job can make and nobody else, others for each purpose.
 
@@ -179,15 +190,20 @@ class ChannelManager:
 
     def _me(self) -> Member:
         attempt = self._attempt if self._attempt is not None else int(os.environ.get("FLAME_ATTEMPT") or 1)
-        groups = (f"{channel}={group}" for channel, group in sorted(self.config.group_association.items()))
-        work = "\n".join((self.config.dataset, self.config.realm, *groups))
         return Member(
             end=self.config.task_id,
             role=self.config.role,
             attempt=attempt,
             dials=bool(self.config.dataset) or self.config.from_user,
-            order=hashlib.sha256(work.encode()).hexdigest()[:16],
+            order=self.order,
         )
+
+    @property
+    def order(self) -> str:
+        """A digest of what this worker works on, the same in every run of a job."""
+        groups = (f"{channel}={group}" for channel, group in sorted(self.config.group_association.items()))
+        work = "\n".join((self.config.dataset, self.config.realm, *groups))
+        return hashlib.sha256(work.encode()).hexdigest()[:16]
 
     def _backend(self, spec: ChannelConfig) -> Backend:
         sort = spec.backend or self.config.backend

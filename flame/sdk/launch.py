@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from flame.errors import FlameError, UsageError
 from flame.sdk import link as links
+from flame.sdk.chaospoints import points
 
 #: How long a process that failed may take to end, in seconds.
 LINGER_SECONDS = 10.0
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> int:
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGTERM, _end)
+    if (reach := points(Path.cwd().name)) is not None:  # the folder has the role's name
+        reach("start", 0)
     link = links.current()
     atexit.register(link.close)  # the last of them: those registered later run earlier
     try:

@@ -94,6 +94,21 @@ class Link:
             raise WorkerError(f"The artifact {name} could not be kept in {self.folder}: {error}.") from error
         return str(target.resolve())
 
+    @property
+    def keeps(self) -> bool:
+        """Whether somebody keeps checkpoints; by hand that is whoever has set ``FLAME_CHECKPOINTS``."""
+        return bool(os.environ.get("FLAME_CHECKPOINTS"))
+
+    def checkpoint(self, round: int, path: Path, timeout: float | None = None) -> None:
+        """Hand in the checkpoint of a round, a file that is no longer needed here then.
+
+        :param timeout: the longest to wait for the answer, in seconds.
+        :raises flame.errors.FlameError: it could not be kept, or no answer came in time.
+        """
+        folder = Path(os.environ["FLAME_CHECKPOINTS"])
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, folder / f"{round}.safetensors")
+
     def failure(self, message: str) -> None:
         """The sentence for the user when this process then exits with a status that is not 0."""
         log.error("%s", message)
@@ -160,16 +175,32 @@ class SocketLink(Link):
         with self._news:
             self._answers.pop(name, None)
         self.say({"type": "artifact", "name": name, "path": str(Path(path).resolve())})
+        return self._answer(name, f"artifact {name}", timeout)
+
+    @property
+    def keeps(self) -> bool:
+        """See :class:`Link`: the server does."""
+        return True
+
+    def checkpoint(self, round: int, path: Path, timeout: float | None = None) -> None:
+        """See :class:`Link`: the file is in the server's hands when this returns."""
+        with self._news:
+            self._answers.pop(path.name, None)
+        self.say({"type": "checkpoint", "round": round, "path": str(path.resolve())})
+        self._answer(path.name, f"checkpoint of round {round}", timeout)
+
+    def _answer(self, name: str, what: str, timeout: float | None) -> str:
+        """Wait for the flamelet's word on a file; gives the place where it is kept."""
         with self._news:
             answered = self._news.wait_for(lambda: name in self._answers or self._gone is not None, timeout)
             answer = self._answers.pop(name, None)
         if answer is None:
             if answered:
-                raise WorkerError(f"The artifact {name} was not handed in: the flamelet is gone.")
-            raise DeadlineExceeded(f"The artifact {name} was not taken within {timeout:g} s.")
+                raise WorkerError(f"The {what} was not handed in: the flamelet is gone.")
+            raise DeadlineExceeded(f"The {what} was not taken within {timeout:g} s.")
         told = msgspec.json.decode(answer, type=_Artifact)
         if told.error:
-            raise WorkerError(f"The artifact {name} was not taken: {told.error}")
+            raise WorkerError(f"The {what} was not taken: {told.error}")
         return told.path
 
     def say(self, message: Mapping[str, Any], *, urgent: bool = True) -> None:

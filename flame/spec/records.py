@@ -309,7 +309,8 @@ class Manifest(Record, kw_only=True):
     """What a flamelet fetches for a task: the configuration, and the role's code by digest.
 
     ``job_key`` (32 bytes, hex) is the secret that the job's workers share to know each other. ``p2p_tls``: with what they
-    speak TLS with each other, where the server is set so.
+    speak TLS with each other, where the server is set so. ``checkpoints``: the rounds of which there is what earlier attempts
+    have reached.
     """
 
     config: TaskConfig
@@ -317,6 +318,17 @@ class Manifest(Record, kw_only=True):
     job_key: str
     attempt: int
     p2p_tls: P2pTls | None = None
+    checkpoints: list[int] = field(default_factory=list)
+
+
+class CheckpointRecord(Record, kw_only=True):
+    """What is kept of a task after a round."""
+
+    task: str
+    role: str
+    round: int
+    size: int
+    time: float
 
 
 class Report(Record, kw_only=True):

@@ -240,9 +240,9 @@ def test_the_chains_are_those_of_flames_library():
     aggregator = NumpyAggregator(None)
     aggregator.compose()
     assert aggregator.composer.aliases == [
-        "internal_init", "load_data", "initialize", "load_base_model",
-        "distribute", "aggregate", "train", "evaluate", "save_metrics", "inc_round",
-        "inform_end_of_training", "save_model",
+        "internal_init", "load_data", "initialize", "load_base_model", "resume",
+        "distribute", "aggregate", "train", "evaluate", "save_metrics", "checkpoint", "inc_round",
+        "commit", "inform_end_of_training", "save_model",
     ]  # fmt: skip
 
 

@@ -14,9 +14,14 @@ from flame.errors import ChannelError, DeadlineExceeded, WorkerError
 from flame.sdk import link as links
 from flame.sdk.channel import Channel
 from flame.sdk.channel_manager import ChannelManager
+from flame.sdk.chaospoints import points
+from flame.sdk.checkpoints import Checkpoints, State
 from flame.sdk.config import Config
 from flame.sdk.link import Link
 from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.seeding import seed_all, seed_of
+from flame.sdk.mode.tasklet import Tasklet
+from flame.sdk.weights import as_arrays
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +38,9 @@ class Role(ABC):
     :ivar cm: the channels, after ``internal_init``.
     :ivar attempt: which start of the task this process is.
     :ivar metrics: what :meth:`update_metrics` was told since the last report.
+    :ivar round_seed: a number that belongs to this worker and round, the same in every run of the job with the same hyperparameter
+        ``seed``: for generators of the user's own. With ``policy.deterministic`` those of Python, numpy and PyTorch are seeded with it at the
+        beginning of each round, so that a round that is done again after a crash is the same.
     """
 
     config: Config
@@ -42,8 +50,10 @@ class Role(ABC):
     metrics: dict[str, float]
     link: Link
     attempt: int = 1
+    round_seed: int = 0
     _round: int = 1
     _work_done: bool = False
+    _kept: Checkpoints
 
     def internal_init(self) -> None:
         """The first tasklet: join the channels."""
@@ -52,7 +62,9 @@ class Role(ABC):
         self._round = 1
         self._work_done = False
         self.attempt = int(os.environ.get("FLAME_ATTEMPT") or 1)
+        self._kept = Checkpoints(self.link, self.config.policy.checkpoint)
         self.cm = ChannelManager(self.config, rendezvous=self.link.rendezvous, attempt=self.attempt)
+        self._seed_round(0)
         self._join_channels()
 
     def _join_channels(self) -> None:
@@ -69,6 +81,47 @@ class Role(ABC):
     def evaluate(self) -> None:
         """For the user: evaluate the model and tell :meth:`update_metrics`. Does nothing where it is not written."""
 
+    def checkpoint(self) -> Mapping[str, Any]:
+        """For the user: what of this worker's own must outlive it, beside the model and what Flame keeps: arrays and plain values by name,
+        such as a local optimizer's momentum. It is asked after each round that is kept, and goes to the server.
+        """
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """For the user: take up what :meth:`checkpoint` gave in an earlier worker of this task, or before a round that is done again."""
+
+    # What is kept of a round. Each class adds its part.
+
+    def _state(self) -> State:
+        """All that the worker that takes this one's place needs. Large arrays may be views."""
+        state = State({}, {})
+        own: dict[str, Any] = {}
+        for name, value in self.checkpoint().items():
+            if hasattr(value, "dtype") and hasattr(value, "shape"):
+                state.arrays[f"user/{name}"] = as_arrays({name: value})[name]
+            else:
+                own[str(name)] = value
+        if own:
+            state.values["user"] = own
+        return state
+
+    def _load(self, state: State) -> None:
+        """Be where an earlier worker was."""
+        own = {**state.part("user"), **state.values.get("user", {})}
+        if own:
+            self.restore(own)
+
+    @property
+    def _strict(self) -> bool:
+        """Whether a worker that is replaced must not change the result: rounds wait for it, and nobody goes on before its state is kept."""
+        return self.config.policy.deterministic and self.config.policy.checkpoint.every > 0
+
+    def _seed_round(self, round: int) -> None:
+        """A round begins, or with 0 the work."""
+        self.round_seed = seed_of(self.config, self.cm.order, round)
+        if self.config.policy.deterministic:
+            seed_all(self.round_seed)
+
     @abstractmethod
     def compose(self) -> None:
         """Put the workflow together, as ``self.composer``."""
@@ -81,6 +134,9 @@ class Role(ABC):
         _ensure_logging()
         if not hasattr(self, "composer"):
             raise WorkerError(f"{type(self).__name__} has no workflow yet: call compose() before run().")
+        reach = points(self.config.role)
+        if reach is not None:
+            Tasklet.watch = lambda point: reach(point, self._round)
         try:
             self.composer.run()
         finally:
@@ -88,6 +144,8 @@ class Role(ABC):
 
     def close(self) -> None:
         """Leave the channels and say what is left to say. Safe to call again."""
+        if "_kept" in self.__dict__:
+            self._kept.close()
         if "cm" in self.__dict__:
             self.cm.cleanup()
         if "link" in self.__dict__:

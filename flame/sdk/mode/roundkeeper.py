@@ -8,12 +8,16 @@ the registry and, as ``model.safetensors``, to the server. Those of independent 
 
 from __future__ import annotations
 
+import logging
 import time
 
 from flame.sdk import modelfile, registries
+from flame.sdk.checkpoints import State
 from flame.sdk.mode.role import Role, return_memory
 from flame.sdk.registries.base import Registry
 from flame.sdk.weights import get_weights, set_weights
+
+log = logging.getLogger(__name__)
 
 #: How long the end of a job may wait for its registry, and for the server to take the model, in seconds.
 REGISTRY_SECONDS = 60.0
@@ -55,13 +59,46 @@ class RoundKeeper(Role):
         :raises flame.errors.WorkerError: there is no such model, or it does not fit ``self.model``.
         """
         base = self.config.base_model
-        if base:
+        if base and not self._kept.rounds():
             weights = self.registry_client.load_model(base.name, base.version)
             if self.model is None:
                 self.model = weights
             else:
                 set_weights(self.model, weights)
         return_memory()  # the rounds begin
+
+    # Going on where an earlier worker was.
+
+    def _state(self) -> State:
+        """See :class:`Role`: the model."""
+        state = super()._state()
+        state.arrays.update({f"model/{name}": array for name, array in get_weights(self.model).items()})
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        set_weights(self.model, state.part("model"))
+
+    def resume(self) -> None:
+        """What the tasklet ``resume`` does: go on behind the last round that an earlier worker of this task has kept."""
+        found = self._kept.load()
+        if found is not None:
+            self._round, state = found
+            self._load(state)
+            log.info("Round %d is the last that was kept; the work goes on behind it.", self._round)
+            self.increment_round()
+
+    def keep_round(self) -> None:
+        """What the tasklet ``checkpoint`` does: keep what the round has made, if it is time for that."""
+        if self._strict and self._round % self.config.policy.checkpoint.every == 0:
+            self._kept.commit(self._round, self._state)
+        else:
+            self._kept.offer(self._round, self._state, last=self._round >= self._rounds)
+
+    def commit(self) -> None:
+        """What the tasklet ``commit`` does: nobody is told that the work is done before its result is safe."""
+        if self._round > 1:
+            self._kept.commit(self._round - 1, self._state)
 
     def save_metrics(self) -> None:
         """Report the round with what :meth:`update_metrics` was told in it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from flame.errors import UsageError
 from flame.sdk.mode.composer import Chain, ComposerContext
@@ -88,9 +88,17 @@ class Tasklet(Step):
     def __repr__(self) -> str:
         return f"Tasklet({self.alias!r})"
 
+    #: Told the name of each tasklet before it is done, and with a plus behind it afterwards. For trials, see :mod:`flame.sdk.chaospoints`.
+    watch: ClassVar[Callable[[str], None] | None] = None
+
     def do(self) -> None:
         """Call the function."""
-        self.func(*self.args, **self.kwargs)
+        if Tasklet.watch is None:
+            self.func(*self.args, **self.kwargs)
+        else:
+            Tasklet.watch(self.alias)
+            self.func(*self.args, **self.kwargs)
+            Tasklet.watch(f"{self.alias}+")
 
     def tasklets(self) -> Iterator[Tasklet]:
         """Itself."""
@@ -169,9 +177,10 @@ class Block(Step):
 
     is_loop = True
 
-    def __init__(self, inside: Chain, done: Callable[[], bool]) -> None:
+    def __init__(self, inside: Chain, done: Callable[[], bool], skip: Callable[[], bool] | None = None) -> None:
         self.inside = Chain(inside.steps, owner=self)
         self.done = done
+        self.skip = skip
         Chain([self])
 
     def __str__(self) -> str:
@@ -180,6 +189,8 @@ class Block(Step):
     def do(self) -> None:
         """Repeat. The condition is looked at after each step, so that a loop can end in its middle."""
         done = self.done
+        if self.skip is not None and self.skip():
+            return
         while True:
             for step in tuple(self.inside.steps):
                 step.do()
@@ -203,13 +214,15 @@ class Loop:
     """``Loop(loop_check_fn=done)(first >> ... >> last)`` repeats those tasklets until ``done()``.
 
     :param loop_check_fn: true when the loop shall end; asked after each tasklet in it.
+    :param skip_fn: true when the loop is not to be begun at all; None: it always is.
     :raises flame.errors.UsageError: it cannot be called.
     """
 
-    def __init__(self, loop_check_fn: Callable[[], bool]) -> None:
+    def __init__(self, loop_check_fn: Callable[[], bool], skip_fn: Callable[[], bool] | None = None) -> None:
         if not callable(loop_check_fn):
             raise UsageError(f"Loop(loop_check_fn={loop_check_fn!r}): it must be a function.")
         self.loop_check_fn = loop_check_fn
+        self.skip_fn = skip_fn
 
     def __call__(self, ender: Step) -> Block:
         """Put a loop around the piece of chain that ends in ``ender``; gives the loop, to be joined with ``>>``.
@@ -219,4 +232,4 @@ class Loop:
         piece = ender.piece()
         if piece.steps[-1] is not ender or piece.owner is not None:
             raise UsageError(f"A loop cannot end at {ender}: something follows it already.")
-        return Block(piece, self.loop_check_fn)
+        return Block(piece, self.loop_check_fn, self.skip_fn)

@@ -9,6 +9,7 @@ from abc import abstractmethod
 
 from flame.errors import WorkerError
 from flame.sdk import datasamplers, optimizers, privacy
+from flame.sdk.checkpoints import State
 from flame.sdk.datasamplers.base import TrainerSampler
 from flame.sdk.mode.role import Role
 from flame.sdk.optimizers.base import Optimizer, Regularizer
@@ -41,6 +42,24 @@ class Training(Role):
         chosen = self.config.datasampler
         self.datasampler = datasamplers.make(chosen.sort, chosen.kwargs).trainer_data_sampler
         self.privacy = privacy.make(self.config.privacy.sort, self.config.privacy.kwargs)
+
+    def _state(self) -> State:
+        """See :class:`Role`: also what the optimizer's trainer side and the privacy remember.
+
+        What the datasampler knows of single samples is nobody else's business: it is found out anew.
+        """
+        state = super()._state()
+        state.arrays.update({f"regularizer/{name}": array for name, array in self.regularizer.state().items()})
+        spent = self.privacy.state()
+        if spent:
+            state.values["privacy"] = spent
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        self.regularizer.load_state(state.part("regularizer"))
+        if "privacy" in state.values:
+            self.privacy.load_state(state.values["privacy"])
 
     def _use(self, optimizer: Optimizer) -> None:
         """For topologies that want to know more of the job's optimizer."""

@@ -49,9 +49,11 @@ class Population:
         return {
             "population.ends": np.frombuffer("\n".join(self._counts).encode(), np.uint8),
             "population.counts": np.array(list(self._counts.values()), np.float64),
+            "population.members": np.array([self._members.get(end, 1) for end in self._counts], np.int64),
         }
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Take up a checkpoint."""
         ends = state["population.ends"].tobytes().decode().split("\n")
         self._counts = dict(zip(ends, state["population.counts"].tolist(), strict=False))
+        self._members = dict(zip(ends, state["population.members"].tolist(), strict=False))

@@ -64,6 +64,7 @@ class DifferentialPrivacy(Privacy):
         self.budget = None if budget is None else number("budget", budget, above=0)
         self.steps = 0
         self._rng = np.random.default_rng(seed)
+        self._foretold = seed is not None
         self._costs: list[float] | None = None
 
     def apply(self, weights: Weights, start: Weights) -> Weights:
@@ -121,11 +122,14 @@ class DifferentialPrivacy(Privacy):
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Privacy.state`."""
-        return {"steps": self.steps}
+        # What makes the noise stays here: who knew it could take the noise away. Where it can be foretold, it may as well be kept.
+        return {"steps": self.steps, **({"noise": self._rng.bit_generator.state} if self._foretold else {})}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Privacy.load_state`."""
         self.steps = int(state["steps"])
+        if self._foretold and "noise" in state:
+            self._rng.bit_generator.state = state["noise"]
 
     def _scale(self, pairs: list[tuple[Array, Array]]) -> float:
         """min(1, C / ||d||)."""

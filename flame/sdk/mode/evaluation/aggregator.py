@@ -59,7 +59,8 @@ class EvaluationAggregator(TopAggregator):
         (a job has one, if it does not say more); at the end inform the sites.
         """
         super().compose()
-        self.composer.get_tasklet("train").remove()
+        for none in ("train", "resume", "checkpoint", "commit"):  # nothing is made that would have to be kept
+            self.composer.get_tasklet(none).remove()
         self.composer.get_tasklet("save_model").replace_with(Tasklet("save_results", self.save_results))
 
 

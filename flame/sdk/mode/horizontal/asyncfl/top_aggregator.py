@@ -37,6 +37,7 @@ class TopAggregator(BufferedAggregator, SyncTopAggregator):
         if not self._fill(self.channel(tag), self.config.policy.join_deadline) and self._tally.trainers < least:
             raise self._too_few(least)
         self._outgoing = None
+        self._kept.settle()
         set_weights(self.model, self._optimizer.finish())
         self._privacy.step()
         self.update_metrics(self._privacy.metrics())

@@ -3,6 +3,11 @@
 A follower works for whatever round it is given. When who gave it disappears, it waits for somebody to come back (as long as
 the policy's ``joinDeadline`` allows) and goes on with the round that it is given then; what could not be sent is lost, as an
 update of an old round is of no use.
+
+**What a follower remembers.** Some algorithms leave something at a trainer from round to round, and so may the user's code. It is kept under
+the round after which it was so, and whoever is given round n goes on from what was before it: a worker that takes another one's place
+from what the server has, one whose aggregator has begun a round again from what it has itself. In a deterministic job an update
+leaves only when what it leaves behind is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Any
 
 from flame.errors import EndLeft
 from flame.sdk.channel import Channel
+from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
@@ -28,11 +34,43 @@ class Follower(Role):
 
     _source: str | None = None
     _source_mark: int | str = 1
+    _reached: int | None = None  # the round after which the state is what it is; None: no round has begun
+    _past: dict[int, State]
 
     def internal_init(self) -> None:
         """See :class:`Role`."""
         super().internal_init()
         self._source = None
+        self._reached = None
+        self._past = {}
+
+    def _recall(self, round: int) -> None:
+        """This round begins: be as before it."""
+        self._kept.settle()
+        if self._reached is None:
+            found = self._kept.load(before=round)
+            self._reached, state = found if found is not None else (0, self._state())
+            if found is not None:
+                self._load(state)
+            if self._strict:
+                self._past = {self._reached: state.copy()}
+        elif round <= self._reached and (before := [number for number in self._past if number < round]):
+            self._load(self._past[max(before)].copy())
+        self._seed_round(round)
+
+    def _remember(self) -> None:
+        """The round is done, and its answer has not left yet."""
+        self._reached = self._round
+        if self._strict:
+            state = self._state()
+            if state.arrays or state.values:
+                self._past[self._round] = state.copy()
+                self._past = dict(sorted(self._past.items())[-2:])
+                self._kept.commit(self._round, lambda: state)
+        elif self._kept.due(self._round):
+            state = self._state()
+            if state.arrays or state.values:
+                self._kept.offer(self._round, lambda: state)
 
     def _newest(self, channel: Channel) -> Message:
         """The next message; of several that have gathered the last one, or the one that ends the work."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from flame.sdk import optimizers
 from flame.sdk.channel import Channel
+from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.config import Config
 from flame.sdk.mode.composer import Composer
@@ -48,6 +49,7 @@ class MiddleAggregator(RoundAggregator, Follower):
     _extra: Mapping[str, Any] = {}
     _seconds: float | None = None
     _patience: float = 0.0
+    _present: int | None = None  # how many the group has, where some did not come
     _seen: dict[str, tuple[int, float]]
     _sent: tuple[int, float] = (0, 0.0)  # trainers and samples of this round that the tier above has heard of
 
@@ -60,6 +62,17 @@ class MiddleAggregator(RoundAggregator, Follower):
         chosen = self.config.optimizer
         self._optimizer = optimizers.make(chosen.sort, chosen.kwargs).middle()
         self._seen = {}
+
+    def _state(self) -> State:
+        """See :class:`Role`: also who was seen."""
+        state = super()._state()
+        if self._seen:
+            state.values["seen"] = self._seen
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        self._seen = {end: (number, samples) for end, (number, samples) in state.values.get("seen", {}).items()}
 
     def initialize(self) -> None:
         """For the user: make a model, if the group's is to be evaluated. Does nothing where it is not written."""
@@ -91,6 +104,7 @@ class MiddleAggregator(RoundAggregator, Follower):
     def _accept(self, message: Message) -> None:
         """Take up a round."""
         self._round = message[MessageType.ROUND]
+        self._recall(self._round)
         self._given = as_arrays(message[MessageType.WEIGHTS])
         self._extra = message.get(MessageType.EXTRA) or {}
         told = message.get(MessageType.METADATA) or {}
@@ -110,8 +124,10 @@ class MiddleAggregator(RoundAggregator, Follower):
     def _await_group(self, channel: Channel) -> None:
         """Before the first round wait for the whole group; later only where the top cannot do without somebody."""
         policy = self.config.policy
-        expected = 1 if self._met else max(1, self.config.peers.get(channel.name(), 1))
-        longest = self._patience if self._met else policy.join_deadline
+        whole = not self._met or self._may_return(channel)
+        everybody = self.config.peers.get(channel.name(), 1) if self._present is None else self._present
+        expected = max(1, everybody) if whole else 1
+        longest = policy.join_deadline if whole else self._patience
         left = self._tally.left()
         enough = self.wait_for(
             channel,
@@ -119,7 +135,8 @@ class MiddleAggregator(RoundAggregator, Follower):
             lambda: f"{expected - len(self._idle(channel))} more of {expected} workers of role {channel.other_role()}",
             longest if left is None else min(longest, left),
         )
-        if not enough and not self._met:
+        if not enough and whole:
+            self._present = len(self._idle(channel))
             self.link.warning(
                 f"Round {self._round} begins with {len(self._idle(channel))} of {expected} workers of role "
                 f"{channel.other_role()} in group {channel.groupby()}: the others did not come within "
@@ -134,6 +151,7 @@ class MiddleAggregator(RoundAggregator, Follower):
     def _send_weights(self, tag: str) -> None:
         whole = self._sent == (0, 0.0)
         message = self._part()
+        self._remember()
         self._given = {}
         self._answer(self.channel(tag), message)
         weights = message[MessageType.WEIGHTS]

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from flame.errors import DeadlineExceeded, WorkerError
 from flame.sdk import datasamplers, optimizers
 from flame.sdk.channel import VAL_CH_STATE_SEND, Channel
+from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.datasamplers.base import AggregatorSampler
 from flame.sdk.mode.message import MessageType
@@ -102,6 +103,9 @@ class RoundAggregator(Role):
     _tally: Tally
     _started: float = 0.0
     _met: bool = False
+    _known_order: dict[
+        str, tuple[str, str]
+    ]  # of those that were given this round, as one that has left is not known any more
 
     def internal_init(self) -> None:
         """See :class:`Role`; also makes the optimizer."""
@@ -111,6 +115,23 @@ class RoundAggregator(Role):
         chosen = self.config.datasampler
         self._datasampler = datasamplers.make(chosen.sort, chosen.kwargs).aggregator_data_sampler
         self._met = False
+
+    def _state(self) -> State:
+        """See :class:`Role`: what the optimizer, the datasampler and the selectors remember."""
+        state = super()._state()
+        state.arrays.update({f"optimizer/{name}": array for name, array in self._optimizer.state().items()})
+        further = {"datasampler": self._datasampler.state(), "selectors": self.cm.selector_states()}
+        state.values.update({name: value for name, value in further.items() if value})
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        optimizer = state.part("optimizer")
+        if optimizer:
+            self._optimizer.load_state(optimizer)
+        if "datasampler" in state.values:
+            self._datasampler.load_state(state.values["datasampler"])
+        self.cm.load_selector_states(state.values.get("selectors", {}))
 
     def _over_select(self) -> None:
         """Let selectors that choose a number of trainers choose ``overSelection`` times as many."""
@@ -149,8 +170,10 @@ class RoundAggregator(Role):
         :param seconds: the longest that the round may take; None: as long as it takes.
         """
         channel.set_property("round", self._round)
+        self._seed_round(self._round)
         self._started = time.monotonic()
         self._tally = Tally(None if seconds is None else self._started + seconds)
+        self._known_order = {}
         self._optimizer.begin(weights, self._round)
         self._outgoing = {MessageType.WEIGHTS: weights, MessageType.ROUND: self._round}
 
@@ -194,6 +217,8 @@ class RoundAggregator(Role):
         for end in ends:
             member = channel.member(end)
             channel.set_end_property(end, PROP_BUSY, Busy(self._round, member.attempt if member else 1))
+            if member is not None:
+                self._known_order[end] = order_of(channel, end)
         left = self._tally.left()
         told = {key: value for key, value in ((TOLD_SECONDS, left), (TOLD_PATIENCE, patience)) if value}
         outgoing = {**self._outgoing, MessageType.METADATA: told} if told else self._outgoing
@@ -247,7 +272,10 @@ class RoundAggregator(Role):
     def _collect_in_order(self, channel: Channel, tally: Tally) -> None:
         """Fold updates in the order of the ends' ids, whenever they arrive; the others wait in their senders."""
         last_look = LAST_LOOK_SECONDS
-        for end in sorted(tally.pending, key=lambda end: order_of(channel, end)):
+        order = {end: order_of(channel, end) for end in tally.pending} | self._known_order
+        for end in sorted([*tally.pending, *self._missed(channel)], key=lambda end: order.get(end, ("", end))):
+            if end not in tally.pending:
+                self._call_back(channel, tally, end)
             while end in tally.pending:
                 left = tally.left()
                 begun = time.monotonic()
@@ -257,8 +285,35 @@ class RoundAggregator(Role):
                     if left == 0:
                         last_look = max(0.0, last_look - (time.monotonic() - begun))
                     break
+                lost = message is None
                 self._take(channel, tally, end, message)
                 del message
+                if lost:
+                    self._call_back(channel, tally, end)
+
+    def _missed(self, channel: Channel) -> list[str]:
+        """Who was to take part in this round, could not be given it, and may be replaced."""
+        return [end for end in self._tally.lost if self._may_return(channel)]
+
+    def _may_return(self, channel: Channel) -> bool:
+        return self._strict and self.config.restart.of(channel.other_role()).attempts > 0
+
+    def _call_back(self, channel: Channel, tally: Tally, end: str) -> None:
+        """An end has left that a deterministic round cannot do without: wait for who takes its place, and give it the round."""
+        if not self._may_return(channel):
+            return
+        deadline = time.monotonic() + self.config.policy.join_deadline
+        while end not in tally.pending and (left := deadline - time.monotonic()) > 0:
+            limit = tally.left()
+            if not self.wait_for(
+                channel,
+                lambda: channel.has(end),
+                lambda: f"the successor of {end} in round {self._round}",
+                left if limit is None else min(left, limit),
+            ):
+                return
+            tally.lost.pop(end, None)
+            self._give(channel, [end])
 
     def _take(self, channel: Channel, tally: Tally, end: str, message: Message | None) -> None:
         """One end has answered, or has left (no message)."""

@@ -16,6 +16,7 @@ from typing import Any
 from flame.errors import RoundFailed, SpecError
 from flame.sdk import privacy
 from flame.sdk.channel import Channel
+from flame.sdk.checkpoints import State
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, RoundAggregator, data_at
 from flame.sdk.mode.message import MessageType
@@ -36,6 +37,7 @@ class TopAggregator(RoundKeeper, RoundAggregator):
 
     dataset: Any = None
     _privacy: Privacy
+    _present: int | None = None  # how many there were, where some of the job's trainers did not come or are given up
 
     def internal_init(self) -> None:
         """See :class:`Role`; also makes the optimizer and opens the registry."""
@@ -46,6 +48,18 @@ class TopAggregator(RoundKeeper, RoundAggregator):
 
     def train(self) -> None:
         """For the user: train the aggregated model. Does nothing where it is not written."""
+
+    def _state(self) -> State:
+        """See :class:`Role`: also what the privacy has cost, and how many trainers there are."""
+        state = super()._state()
+        state.values["present"] = self._present
+        state.values["privacy"] = self._privacy.state()
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        self._present = state.values.get("present")
+        self._privacy.load_state(state.values["privacy"])
 
     # A round.
 
@@ -70,7 +84,9 @@ class TopAggregator(RoundKeeper, RoundAggregator):
             return policy.min_trainers if counted else 1
 
         def expected() -> int:
-            return least() if self._met else max(least(), peers or 0)
+            if self._met and not self._may_return(channel):
+                return least()
+            return max(least(), peers or 0) if self._present is None else max(least(), self._present)
 
         enough = self.wait_for(
             channel,
@@ -87,6 +103,7 @@ class TopAggregator(RoundKeeper, RoundAggregator):
                 f"(policy.minTrainers) were ready within {policy.join_deadline:g} s (policy.joinDeadline)."
             )
         if not enough:
+            self._present = there
             self.link.warning(
                 f"Round {self._round} begins with {there} of {expected()} workers of role {channel.other_role()}: "
                 f"the others did not come within {policy.join_deadline:g} s (policy.joinDeadline)."
@@ -98,6 +115,7 @@ class TopAggregator(RoundKeeper, RoundAggregator):
         if not self._gather(self.channel(tag), least, self.config.policy.join_deadline):
             raise self._too_few(least)
         self._outgoing = None
+        self._kept.settle()
         set_weights(self.model, self._optimizer.finish())
         self._privacy.step()
         self.update_metrics(self._privacy.metrics())
@@ -134,21 +152,26 @@ class TopAggregator(RoundKeeper, RoundAggregator):
             load_data = Tasklet("load_data", self.load_data)
             initialize = Tasklet("initialize", self.initialize)
             base_model = Tasklet("load_base_model", self.load_base_model)
+            resume = Tasklet("resume", self.resume)
             distribute = Tasklet("distribute", self.put, TAG_DISTRIBUTE)
             aggregate = Tasklet("aggregate", self.get, TAG_AGGREGATE)
             train = Tasklet("train", self.train)
             evaluate = Tasklet("evaluate", self.evaluate)
             save_metrics = Tasklet("save_metrics", self.save_metrics)
+            checkpoint = Tasklet("checkpoint", self.keep_round)
             inc_round = Tasklet("inc_round", self.increment_round)
+            commit = Tasklet("commit", self.commit)
             inform = Tasklet("inform_end_of_training", self.inform_end_of_training)
             save_model = Tasklet("save_model", self.save_model)
-            loop = Loop(loop_check_fn=lambda: self._work_done)
+            loop = Loop(loop_check_fn=lambda: self._work_done, skip_fn=lambda: self._work_done)
         (
             internal_init
             >> load_data
             >> initialize
             >> base_model
-            >> loop(distribute >> aggregate >> train >> evaluate >> save_metrics >> inc_round)
+            >> resume
+            >> loop(distribute >> aggregate >> train >> evaluate >> save_metrics >> checkpoint >> inc_round)
+            >> commit
             >> inform
             >> save_model
         )

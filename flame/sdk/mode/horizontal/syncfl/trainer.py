@@ -57,6 +57,7 @@ class Trainer(Training, Follower):
     def _accept(self, message: Message) -> None:
         """Take up a round."""
         self._round = message[MessageType.ROUND]
+        self._recall(self._round)
         weights = as_arrays(message[MessageType.WEIGHTS])
         set_weights(self.model, weights)
         self._start = weights if self._sends_differences or self.privacy.sort != "default" else None
@@ -76,6 +77,7 @@ class Trainer(Training, Follower):
         if self._start is not None:
             weights = self._disguised(weights, self._start, extra)
             self._start = None  # the received model's memory is wanted again
+        self._remember()
         return weights, extra
 
     def _message(self, weights: Mapping[str, Any], count: float, extra: Mapping[str, Any]) -> dict[Any, Any]:

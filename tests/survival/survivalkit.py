@@ -1,0 +1,225 @@
+"""Small jobs on real servers, in which something is killed at an exact moment; and what they ended with.
+
+A job is a folder of scripts that need numpy alone, so its workers are there in a moment. Wishes of who shall die where are files, see
+:mod:`flame.sdk.chaospoints`.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+from safetensors.numpy import load_file
+
+SITE = """
+import numpy as np
+from flame.sdk import Config
+from {module} import {base}
+
+class Site({base}):
+    def __init__(self, config):
+        self.config = config
+        self.number = int(config.dataset.rsplit("/", 1)[1])
+        self.dataset_size = self.number + 1
+
+    def initialize(self):
+        self.model = {{"w": np.zeros(200, np.float32)}}
+        self.momentum = np.zeros(200, np.float32)
+
+    def train(self):
+        # Depends on the round's random numbers, on the model, and on what earlier rounds have left here.
+        self.momentum = 0.5 * self.momentum + np.random.normal(self.number, 1, 200).astype(np.float32)
+        self.model["w"] += 0.1 * (self.momentum - self.model["w"])
+        self.local_steps = 2
+
+    def checkpoint(self):
+        return {{"momentum": self.momentum}}
+
+    def restore(self, state):
+        self.momentum = np.array(state["momentum"])
+
+site = Site(Config("config.json"))
+site.compose()
+site.run()
+"""
+
+TOP = """
+import numpy as np
+from flame.sdk import Config
+from {module} import {base}
+
+class Top({base}):
+    def __init__(self, config):
+        self.config = config
+
+    def initialize(self):
+        self.model = {{"w": np.random.normal(size=200).astype(np.float32)}}
+
+    def evaluate(self):
+        self.update_metrics({{"norm": float(np.linalg.norm(self.model["w"]))}})
+
+top = Top(Config("config.json"))
+top.compose()
+top.run()
+"""
+
+PLAIN = """
+from flame.sdk import Config
+from {module} import {base}
+
+worker = {base}(Config("config.json"))
+worker.compose()
+worker.run()
+"""
+
+UP, DOWN = ["fetch", "upload"], ["distribute", "aggregate"]
+
+
+def channel(name, lower, upper, groups=("default",), lower_tags=UP, upper_tags=DOWN):
+    return {
+        "name": name,
+        "pair": [lower, upper],
+        "groupBy": {"type": "tag", "value": list(groups)},
+        "funcTags": {lower: lower_tags, upper: upper_tags},
+    }
+
+
+def write_job(folder, roles, channels, data, *, rounds=5, deterministic=True, policy=None, **more):
+    """A job folder.
+
+    :param roles: by name: the script, and what else the schema says of the role.
+    :param data: the dataSpec's groups: names of sites by group.
+    """
+    for role, (script, _) in roles.items():
+        (folder / "code" / role).mkdir(parents=True)
+        (folder / "code" / role / "main.py").write_text(script)
+    consumer = next(name for name, (_, about) in roles.items() if about.get("isDataConsumer"))
+    sites = [site for each in data.values() for site in each]
+    job = {
+        "name": "trial",
+        "schema": {
+            "name": "trial",
+            "roles": [{"name": name, **about} for name, (_, about) in roles.items()],
+            "channels": channels,
+        },
+        "datasets": [{"id": str(site), "name": f"s{site}", "url": f"file:///nowhere/{site}"} for site in sites],
+        "dataSpec": [{"role": consumer, "datasetGroups": {g: [str(s) for s in each] for g, each in data.items()}}],
+        "modelSpec": {"hyperparameters": {"rounds": rounds, "seed": 7}, **more.pop("modelSpec", {})},
+        "policy": {"deterministic": deterministic, "joinDeadline": 60, **(policy or {})},
+        "registry": {"sort": "local"},
+        **more,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    return folder
+
+
+def central(folder, *, sites=3, **settings):
+    """One aggregator and some sites."""
+    return write_job(
+        folder,
+        {
+            "trainer": (SITE.format(module="flame.sdk", base="Trainer"), {"isDataConsumer": True}),
+            "aggregator": (TOP.format(module="flame.sdk", base="Aggregator"), {}),
+        },
+        [channel("param", "trainer", "aggregator")],
+        {"default": range(sites)},
+        **settings,
+    )
+
+
+class Run:
+    """``flame run`` of a job, with wishes; in a folder of its own, so that nobody else's processes are counted."""
+
+    def __init__(self, folder, job, wishes=(), name="run"):
+        self.folder = folder / name
+        self.folder.mkdir()
+        self.data = self.folder / "data"
+        self.chaos = self.folder / "chaos"
+        self.chaos.mkdir()
+        for wish in wishes:
+            (self.chaos / wish).touch()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
+        environment |= {
+            "FLAME_DATA_DIR": str(self.data),
+            "FLAME_CONFIG": str(self.folder / "config.yaml"),
+            "FLAME_CHAOS": str(self.chaos),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flame", "run", str(job), "-o", "json"],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def taken(self, wish, timeout=60):
+        """Wait until a worker has come to the point of a wish; gives its process id."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for path in self.chaos.glob(f"{glob_escaped(wish)}.taken-*"):
+                return int(path.name.rpartition("-")[2])
+            threading.Event().wait(0.005)
+        raise AssertionError(f"nobody came to {wish}: {os.listdir(self.chaos)}")
+
+    def release(self, wish):
+        """Let a worker go on that is held."""
+        for path in self.chaos.glob(f"{glob_escaped(wish)}.taken-*"):
+            path.unlink()
+
+    def result(self, timeout=90):
+        """Wait for the end: the job as JSON, and its model's bytes."""
+        out, err = self.process.communicate(timeout=timeout)
+        assert out, err
+        job = json.loads(out)
+        models = {path.name: load_file(path) for path in self.data.glob("artifacts/*/*.safetensors")}
+        left = [process for process in psutil.process_iter() if self._mine(process)]
+        psutil.wait_procs(left, 10)
+        assert not [process for process in left if process.is_running()], "processes are left"
+        return job, models, err
+
+    def _mine(self, process):
+        with contextlib.suppress(psutil.Error):
+            return process.cwd().startswith(str(self.folder)) and process.pid != os.getpid()
+        return False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.communicate(timeout=15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.communicate()
+
+
+def glob_escaped(wish):
+    return re.sub(r"([*?[])", r"[\1]", wish)
+
+
+def finish(folder, job, wishes=(), name="run"):
+    """Run a job to its end; all wishes must have been fulfilled."""
+    with Run(folder, job, wishes, name) as run:
+        document, models, err = run.result()
+        assert document["state"] == "completed", (document.get("failure"), err)
+        left = [wish for wish in wishes if (run.chaos / wish).exists()]
+        assert not left, f"nobody came to {left}"
+        return document, models
+
+
+def bits(models):
+    return {name: {key: array.tobytes() for key, array in each.items()} for name, each in models.items()}
+
+
+def rounds(document):
+    return [entry["round"] for entry in document["rounds"]]
