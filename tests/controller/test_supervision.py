@@ -253,7 +253,7 @@ async def test_the_manifest_has_the_servers_own_choices(control: Control) -> Non
     async with control(**choices) as bench:
         job = await bench.job()
         tasks = await bench.deployed(job.id)
-        manifest = bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
+        manifest = await bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
         assert manifest.config.registry == Registry(sort="mlflow", uri="http://m")
         assert manifest.config.brokers == [Broker(sort="mqtt", host="b:1883")]
         assert manifest.code == bench.code
@@ -262,12 +262,12 @@ async def test_the_manifest_has_the_servers_own_choices(control: Control) -> Non
             registry=Registry(sort="mlflow", uri="http://mlflow"), brokers=[Broker(sort="mqtt", host="x")]
         )
         tasks = await bench.deployed(own.id)
-        manifest = bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
+        manifest = await bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
         assert manifest.config.registry == Registry(sort="mlflow", uri="http://mlflow")
         assert manifest.config.brokers == [Broker(sort="mqtt", host="x")]
         files = await bench.job(registry=Registry(sort="local"))
         tasks = await bench.deployed(files.id)
-        manifest = bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
+        manifest = await bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
         assert manifest.config.registry.uri == str(bench.folder / "registry"), "it must outlive the worker's own folder"
 
 
