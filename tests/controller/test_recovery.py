@@ -196,7 +196,7 @@ class Play:
             ("state", {"state": "running"}),
             ("join", {"channel": "param", "group": "default", "member": {"end": spec.task}}),
             ("metrics", {"round": 1, "metrics": {"loss": 1.0}}),
-            ("round", {"round": 1, "metrics": {}, "seconds": 0.1}),
+            ("round", {"round": 1, "metrics": {}, "seconds": 0.1, "group": spec.task}),
             ("warning", {"message": f"Worker {spec.task} is tired."}),
             ("state", {"state": "completed", "exitCode": 0}),
         ]
