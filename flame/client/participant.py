@@ -14,7 +14,7 @@ from typing import Any
 
 from flame.client.follow import OnLost, insist, resumed
 from flame.client.http import Session
-from flame.client.resources import Noun, pages
+from flame.client.resources import Noun, Page
 from flame.spec.records import Invitation, Invite, JobState, Seat
 
 
@@ -35,7 +35,7 @@ class Invites(Noun):
 
     async def list(self, job: str) -> list[Invite]:
         """A job's invites, without their tokens."""
-        return await pages(self._session, f"/v1/jobs/{job}/invites", Invite)
+        return (await self._session.call("GET", f"/v1/jobs/{job}/invites", into=Page[Invite])).items
 
     async def revoke(self, job: str, id: str) -> None:
         """Take an invite back; who came with it is sent away."""

@@ -243,6 +243,8 @@ class Crew:
         """A participant's worker ends by itself, or is left to its owner, and let in no more."""
         options = self._context.options
         patience = options.parting if parting else options.grace + options.parting
+        if not worker.heard:
+            patience = 0.0  # it has never come
         try:
             async with asyncio.timeout(patience):
                 await worker.parted.wait()

@@ -46,3 +46,124 @@ async def test_a_hybrid_job_trains_with_system_workers_and_participants_one_of_w
     assert counts[2:] == [3, 3, 3, 4, 4, 4, 4], "it takes part again"
     whole, without = (1 + 2 + 4 + 8) / 4, (1 + 2 + 4) / 3
     assert steps[2:] == [pytest.approx(whole if count == 4 else without, abs=1e-4) for count in counts[2:]]
+
+
+async def test_a_participant_whose_machine_dies_is_missed_by_its_lease_and_comes_back_before_or_after(
+    place: Any,
+) -> None:
+    job = await place.job(system=1, brought=2, rounds=5, held=(2,), min_trainers=2)
+    agreed = await accept(place, job)
+    invite = await place.client.invites.create(job.id, uses=2)
+    stays, dies = (place.join(number, invite.token, *agreed) for number in (1, 2))
+    await place.until(job, lambda tasks: place.running(tasks) == 4)
+    dies.kill()
+    await dies.end()
+    again = place.join(2, invite.token, *agreed)  # its lease is not over yet: the earlier attempt is fenced off
+    await again.says("attempt 2")
+    await place.until(job, lambda tasks: place.running(tasks) == 4)
+    place.open(2, 3)
+    job = await place.client.jobs.wait(job.id)
+    assert job.state is JobState.COMPLETED, job.failure
+    assert [await stays.end(), await again.end()] == [0, 0], again.text
+    assert (await place.steps(job))[1][2:] == [3, 3, 3]
+
+
+async def test_participants_outlive_a_server_that_is_killed(place: Any) -> None:
+    job = await place.job(system=1, brought=1, rounds=6, held=(2,))
+    invite = await place.client.invites.create(job.id)
+    joined = place.join(1, invite.token, *(await accept(place, job)))
+    await place.until(job, lambda tasks: place.running(tasks) == 3)
+    place.server.kill()
+    await place.server.start()
+    place.open(2, 2)
+    job = await place.client.jobs.wait(job.id)
+    assert job.state is JobState.COMPLETED, job.failure
+    assert await joined.end() == 0, joined.text
+    assert [task.attempt for task in await place.tasks(job)] == [1, 1, 1]
+    assert (await place.steps(job))[1] == [2] * 6
+
+
+async def test_a_job_of_participants_alone_waits_for_them_and_a_killed_server_waits_on(place: Any) -> None:
+    job = await place.job(system=0, brought=2, rounds=3, start=False)
+    agreed = await accept(place, job)
+    first, second = [await place.client.invites.create(job.id) for _ in range(2)]
+    early = place.join(1, first.token, *agreed)
+    await early.says("job digits: ready")
+    await place.client.jobs.start(job.id)
+    await early.says("attempt 1")
+    place.server.kill()
+    await place.server.start()
+    found = await place.client.jobs.get(job.id)
+    assert (found.state, "waits for 1 participant" in (found.reason or "")) == (JobState.DEPLOYING, True)
+    late = place.join(2, second.token, *agreed)
+    job = await place.client.jobs.wait(job.id)
+    assert job.state is JobState.COMPLETED, job.failure
+    assert [await early.end(), await late.end()] == [0, 0], early.text + late.text
+    assert (await place.steps(job))[1] == [2, 2, 2]
+
+
+async def test_a_stopped_job_sends_its_participants_home_with_the_news(place: Any) -> None:
+    job = await place.job(system=1, brought=1, rounds=6, held=(2,))
+    invite = await place.client.invites.create(job.id)
+    joined = place.join(1, invite.token, *(await accept(place, job)))
+    await place.until(job, lambda tasks: place.running(tasks) == 3)
+    await place.client.jobs.stop(job.id)
+    job = await place.client.jobs.wait(job.id)
+    assert job.state is JobState.TERMINATED
+    assert await joined.end() == 1
+    assert "job digits: terminated" in joined.text
+
+
+async def test_an_invite_that_is_taken_back_ends_the_worker_and_frees_the_place(place: Any) -> None:
+    job = await place.job(system=1, brought=1, rounds=5, held=(2,), min_trainers=2)
+    agreed = await accept(place, job)
+    invite = await place.client.invites.create(job.id)
+    joined = place.join(1, invite.token, *agreed)
+    await place.until(job, lambda tasks: place.running(tasks) == 3)
+    await place.client.invites.revoke(job.id, invite.id)
+    assert await joined.end() == 1
+    assert "was taken back" in joined.text
+    (task,) = [task for task in await place.tasks(job) if task.config.from_user]
+    assert (task.state, task.participant) == (TaskState.READY, None)
+    other = place.join(2, (await place.client.invites.create(job.id)).token, *agreed)
+    await place.until(job, lambda tasks: place.running(tasks) == 3)
+    place.open(2, 2)
+    assert (await place.client.jobs.wait(job.id)).state is JobState.COMPLETED
+    assert await other.end() == 0
+    steps, _ = await place.steps(job)
+    assert steps[2:] == [pytest.approx((1 + 4) / 2)] * 3
+
+
+async def test_nothing_runs_before_the_owner_has_agreed_to_the_code(place: Any) -> None:
+    job = await place.job(system=1, brought=1, rounds=1)
+    invite = await place.client.invites.create(job.id)
+    digest = (await place.client.jobs.get(job.id)).code
+    looks = place.join(1, invite.token, "--inspect", "--unpack", "code", "-o", "json")
+    assert await looks.end() == 0
+    assert digest in looks.text
+    assert "aggregator" not in looks.text, "only what would run here"
+    assert (looks.folder / "code" / "trainer" / "main.py").read_text().startswith("\nimport os")
+    silent = place.join(1, invite.token)
+    assert await silent.end() == 2
+    assert f"--accept-digest {digest}" in silent.text
+    other = place.join(1, invite.token, "--accept-digest", "0" * 64)
+    assert await other.end() == 2
+    assert "nothing was run" in other.text
+    nowhere = place.join(1, invite.token, "--accept-digest", digest, "--dataset", "nothing/there")
+    assert await nowhere.end() == 2
+    assert "no dataset" in nowhere.text
+    assert [task.attempt for task in await place.tasks(job) if task.config.from_user] == [0]
+    assert not (looks.folder / "work").exists()
+
+
+async def test_the_server_is_not_told_where_a_participant_s_data_are(place: Any) -> None:
+    job = await place.job(system=0, brought=1, rounds=1)
+    invite = await place.client.invites.create(job.id)
+    joined = place.join(1, invite.token, *(await accept(place, job)), "--realm", "default/attic")
+    assert (await place.client.jobs.wait(job.id)).state is JobState.COMPLETED
+    assert await joined.end() == 0
+    path = str(joined.folder / "data").encode()
+    for file in place.server.data_dir.rglob("*"):
+        if file.is_file():
+            assert path not in file.read_bytes(), file
+            assert invite.token.encode() not in file.read_bytes(), file
