@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import ipaddress
 import json
@@ -188,7 +189,8 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             config = dict(compute.config)
             if compute.kind == "local":
                 config["environment"] = {**environment, **config.get("environment", {})}
-            return make_runner(compute.kind, config, instance=identity, data_dir=data_dir)
+            instance = f"{identity}-{hashlib.sha256(compute.name.encode()).hexdigest()[:8]}"  # two may be one machine
+            return make_runner(compute.kind, config, instance=instance, data_dir=data_dir)
 
         controller = Controller(store, notifier, make, keys, options, artifacts=artifacts)
         stack.push_async_callback(controller.close)

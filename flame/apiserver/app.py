@@ -17,7 +17,19 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from flame.apiserver import answers, bundles, datasets, designs, jobs, participants, people, server, tasks, workers
+from flame.apiserver import (
+    answers,
+    bundles,
+    computes,
+    datasets,
+    designs,
+    jobs,
+    participants,
+    people,
+    server,
+    tasks,
+    workers,
+)
 from flame.apiserver.access import Guard, bearer
 from flame.apiserver.audit import Audit
 from flame.apiserver.participants import INVITE
@@ -43,6 +55,7 @@ ROUTES: tuple[Route, ...] = (
     *bundles.ROUTES,
     *designs.ROUTES,
     *datasets.ROUTES,
+    *computes.ROUTES,
     *jobs.ROUTES,
     *tasks.ROUTES,
     *workers.ROUTES,

@@ -58,6 +58,7 @@ SCOPES: dict[str, Finder] = {
     "bundles": _of_server,  # shown by its handler to whoever sees a design or a job with it
     "designs": _design,
     "datasets": _dataset,
+    "computes": _of_server,
     "jobs": _job,
     "tasks": _task,
     "users": _of_server,

@@ -59,6 +59,11 @@ async def dataset_id(client: Client, given: str) -> str:
     return pick("dataset", given, [(one.id, one.dataset.name) for one in await client.datasets.list()])
 
 
+async def compute_id(client: Client, given: str) -> str:
+    """The name of the compute that is meant."""
+    return pick("compute", given, [(one.id, one.name) for one in await client.computes.list()])
+
+
 async def task_of(client: Client, given: str, job: str | None = None) -> Task:
     """The task that is meant, by the beginning of its id or by its label such as ``trainer/2``.
 

@@ -11,7 +11,7 @@ from flame.client.jobs import Jobs, Tasks
 from flame.client.local import running
 from flame.client.participant import Invites
 from flame.client.people import Deed, Projects, Tokens, Users
-from flame.client.resources import Codes, Datasets, Designs, Page, Schemas, ServerInfo
+from flame.client.resources import Codes, Computes, Datasets, Designs, Page, Schemas, ServerInfo
 from flame.client.tls import Tls
 from flame.spec.people import Known
 
@@ -38,6 +38,7 @@ class Client:
         self.schemas = Schemas(self._session)
         self.code = Codes(self._session)
         self.datasets = Datasets(self._session)
+        self.computes = Computes(self._session)
         self.jobs = Jobs(self._session)
         self.tasks = Tasks(self._session)
         self.users = Users(self._session)

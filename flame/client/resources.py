@@ -13,8 +13,8 @@ import msgspec
 
 from flame.client.http import Query, Session
 from flame.errors import NotFound
-from flame.spec.nouns import Dataset, Registry, Schema
-from flame.spec.records import DatasetRecord, Design, Record
+from flame.spec.nouns import Compute, Dataset, Registry, Schema
+from flame.spec.records import ComputeStatus, DatasetRecord, Design, Record
 
 T = TypeVar("T")
 _PAGE = 500
@@ -157,6 +157,35 @@ class Datasets(Noun):
     async def delete(self, id: str) -> None:
         """Remove a dataset."""
         await self._session.call("DELETE", f"/v1/datasets/{id}")
+
+
+class Computes(Noun):
+    """Places that run workers."""
+
+    async def create(self, compute: Compute) -> ComputeStatus:
+        """Register a compute. One that cannot be reached says so in ``problem``, and is tried again."""
+        return await self._session.call("POST", "/v1/computes", body=compute, into=ComputeStatus)
+
+    async def list(self) -> list[ComputeStatus]:
+        """All computes."""
+        return await pages(self._session, "/v1/computes", ComputeStatus)
+
+    async def get(self, id: str) -> ComputeStatus:
+        """One compute."""
+        return await self._session.call("GET", f"/v1/computes/{id}", into=ComputeStatus)
+
+    async def update(self, id: str, compute: Compute) -> ComputeStatus:
+        """Change a compute. Secrets in its configuration that are ``***`` stay what they are."""
+        return await self._session.call("PUT", f"/v1/computes/{id}", body=compute, into=ComputeStatus)
+
+    async def drain(self, id: str, *, undo: bool = False) -> ComputeStatus:
+        """Give a compute no new workers, or again."""
+        how = "undrain" if undo else "drain"
+        return await self._session.call("POST", f"/v1/computes/{id}/{how}", into=ComputeStatus)
+
+    async def delete(self, id: str) -> None:
+        """Remove a compute that has no workers."""
+        await self._session.call("DELETE", f"/v1/computes/{id}")
 
 
 class ServerInfo(Record, kw_only=True):

@@ -18,8 +18,9 @@ import msgspec
 
 from flame.errors import SpecError
 from flame.spec import bundle, known
-from flame.spec.nouns import Channel, Dataset, JobForm, ModelSpec, Role, Schema, Sorted
+from flame.spec.nouns import Channel, Dataset, JobForm, ModelSpec, Placement, Role, Schema, Sorted
 from flame.spec.places import Places
+from flame.spec.quantities import parse_bytes
 from flame.spec.shape import describe, listing, suggestion
 from flame.spec.topology import association_for, associations, channels_of, groups_of, other_end, uses
 
@@ -69,6 +70,7 @@ def check_job(
         if role not in (names := [one.name for one in checked.roles]):
             where = places.where("restart", "roles", role)
             raise SpecError(f"there is no role {role!r}; {suggestion(role, names, 'the roles')}", where)
+    _placement(form, checked, places)
     _data(form, checked, datasets, places)
     _balance(checked, uses(checked, form.data_spec, places.under("schema")), places.under("schema"))
     return form
@@ -103,6 +105,23 @@ def check_schema(schema: Schema, places: Places | None = None, *, data_spec_foll
     if not data_spec_follows:
         _balance(schema, uses(schema, None, places), places)
     return schema
+
+
+def _placement(form: JobForm, schema: Schema, places: Places) -> None:
+    """Where and with what workers run: of roles that there are, and with amounts of memory."""
+    names = [role.name for role in schema.roles]
+    for role in form.placement:
+        if role not in names:
+            where = places.where("placement", role)
+            raise SpecError(f"there is no role {role!r}; {suggestion(role, names, 'the roles')}", where)
+    said: list[tuple[tuple[str | int, ...], Placement]]
+    said = [(("placement", role), placement) for role, placement in form.placement.items()]
+    said += [
+        (("schema", "roles", at, "placement"), role.placement) for at, role in enumerate(schema.roles) if role.placement
+    ]
+    for path, placement in said:
+        if placement.resources.memory is not None:
+            parse_bytes(placement.resources.memory, places.where(*path, "resources", "memory"))
 
 
 def check_dataset(dataset: Dataset, places: Places | None = None) -> Dataset:

@@ -21,7 +21,7 @@ from flame.errors import SpecError, UsageError
 from flame.spec import bundle, datasets, normal
 from flame.spec.check import check_dataset, check_job, check_schema
 from flame.spec.gather import Brought, dataset_files, name_in
-from flame.spec.nouns import Dataset, Form, JobForm, Name, Schema
+from flame.spec.nouns import Compute, Dataset, Form, JobForm, Name, Schema
 from flame.spec.override import apply_overrides, split
 from flame.spec.places import Places
 from flame.spec.read import SUFFIXES, files_in, parse, reach, read, read_noun
@@ -117,6 +117,16 @@ def load_datasets(source: str | FilePath) -> list[Dataset]:
     return found
 
 
+def load_computes(source: str | FilePath) -> list[Compute]:
+    """Read one compute, or a list of them, from a file or from standard input."""
+    data, name = read_noun(source)
+    several = isinstance(data, list)
+    return [
+        shape(one, Compute, Places({(): (name, (index,) if several else ())}))
+        for index, one in enumerate(data if several else [data])
+    ]
+
+
 def load_design(source: str | FilePath) -> DesignForm:
     """Read a design's name and description from a file or from standard input."""
     data, name = read_noun(source)
@@ -164,7 +174,17 @@ class _Loader:
         self._refuse_unknown(data)
         job: dict[str, Any] = {
             key: data[key]
-            for key in ("priority", "maxRunTime", "backend", "brokers", "policy", "registry", "restart", "onFailure")
+            for key in (
+                "priority",
+                "maxRunTime",
+                "backend",
+                "brokers",
+                "policy",
+                "registry",
+                "restart",
+                "onFailure",
+                "placement",
+            )
             if key in data
         }
         design = data.get("designId")
@@ -211,7 +231,7 @@ class _Loader:
     def _refuse_unknown(self, data: dict[str, Any]) -> None:
         fields = ["name", "designId", "schema", "code", "datasets", "dataSpec", "modelSpec", *_BY_PATH.values()]
         fields += [*normal.MODEL_KEYS, "backend", "brokers", "priority", "maxRunTime", "registry", "policy"]
-        fields += ["restart", "onFailure"]
+        fields += ["restart", "onFailure", "placement"]
         for key in data:
             if key not in fields:
                 raise SpecError(f"unknown key {key!r}; {suggestion(key, fields, 'the keys of a job')}", self.file.name)

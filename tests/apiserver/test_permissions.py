@@ -36,9 +36,10 @@ THINGS: dict[str, str] = {
     "users": "user",
     "tokens": "token",
     "projects": "project",
+    "computes": "compute",
 }
 #: Resources of the server itself: no project hides them. What their handlers look at is tested further down.
-OF_ALL = {"bundles", "users", "tokens", "projects"}
+OF_ALL = {"bundles", "users", "tokens", "projects", "computes"}
 #: Further parameters, which name a part of the thing.
 PARTS = {"name": "model", "attempt": "1", "seq": "1"}
 
@@ -111,6 +112,7 @@ class World:
             "user": user,
             "token": next(one.id for one in controller.accounts.tokens(LOCAL) if one.user == user),
             "project": project,
+            "compute": "local",
         }
 
     def path(self, route: Route, things: dict[str, str]) -> str:
