@@ -14,6 +14,8 @@
   + StoreError            the state's database cannot be opened, read or written
   + RunnerError           a worker could not be started, listed or ended
   + JobFailed             a job that was waited for did not complete
+  + TaskFailed            a task of a session failed; has the exception's type, message and trace as text
+  + TaskCancelled         a task of a session was cancelled
   + WorkerError           the data plane, see below
     - CodecError          a frame is malformed, truncated, oversized, or of another version
     - ChannelError        a channel is used wrongly (not joined, unknown end, unknown function tag)
@@ -136,6 +138,28 @@ class RunnerError(FlameError):
 
 class JobFailed(FlameError):
     """A job that was waited for did not complete."""
+
+
+class TaskFailed(FlameError):
+    """A task of a session failed, as often as it was tried.
+
+    :param type: the class of the exception that ended it, or what else did: ``TimeoutError``, ``ExecutorLost``, ``SessionFailed``.
+    :param reason: the exception's message.
+    :param trace: where it was raised, as Python prints it.
+    :param task: the task's id in its session.
+    """
+
+    def __init__(self, type: str, reason: str, trace: str = "", task: int | None = None) -> None:
+        which = "The task" if task is None else f"Task {task}"
+        super().__init__(f"{which} failed: {type}: {reason}")
+        self.type = type
+        self.reason = reason
+        self.trace = trace
+        self.task = task
+
+
+class TaskCancelled(FlameError):
+    """A task of a session was cancelled, by itself or with its session."""
 
 
 class WorkerError(FlameError):

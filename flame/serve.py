@@ -111,6 +111,7 @@ async def _serve(settings: ServeSettings, data_dir: Path) -> int:
             jobs = len(server.controller.active())
             if jobs:
                 log.info("private server ends: stopping %d jobs", jobs)
+            await server.api.sessions.stop_all()
             await server.controller.stop_all()
         else:
             await stopping.wait()
@@ -153,6 +154,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     from flame.controller.keys import Keys
     from flame.notifier import Notifier
     from flame.runners import Runner, make_runner
+    from flame.sessions.manager import Manager
     from flame.spec.nouns import Broker
     from flame.spec.records import ComputeRecord
     from flame.store import DEFAULT_URL, open_store
@@ -193,6 +195,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             return make_runner(compute.kind, config, instance=instance, data_dir=data_dir)
 
         controller = Controller(store, notifier, make, keys, options, artifacts=artifacts)
+        manager = Manager(controller)
         stack.push_async_callback(controller.close)
         await controller.accounts.open()
         names = frozenset(name for name in (urlsplit(url).hostname, settings.host) if name)
@@ -207,7 +210,9 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         await controller.open()
         audit = Audit(data_dir / "audit.log")
         stack.callback(audit.close)
-        api = Api(controller, guard, identity, audit)
+        stack.push_async_callback(manager.close)
+        await manager.open()
+        api = Api(controller, guard, identity, audit, manager)
         web_runner = web.AppRunner(
             api.application(),
             access_log=None,
@@ -224,6 +229,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             notifier.close()
             controller.context.logs.release()
             api.attachments.close()
+            manager.disconnect()
 
         stack.callback(release)
         _write_atomically(data_dir / "server.json", json.dumps({"url": url, "pid": os.getpid()}))

@@ -27,6 +27,7 @@ from flame.apiserver import (
     participants,
     people,
     server,
+    sessions,
     tasks,
     workers,
 )
@@ -39,6 +40,7 @@ from flame.apiserver.scopes import SCOPES
 from flame.apiserver.server import Attachments
 from flame.controller.controller import Controller
 from flame.errors import FlameError, NotFound, ServerError, Unauthorized, UsageError
+from flame.sessions.manager import Manager
 from flame.spec.people import Principal, UserRole
 from flame.spec.shape import shape
 
@@ -60,6 +62,7 @@ ROUTES: tuple[Route, ...] = (
     *tasks.ROUTES,
     *workers.ROUTES,
     *participants.ROUTES,
+    *sessions.ROUTES,
 )
 
 Endpoint = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -72,10 +75,14 @@ class Api:
     :param guard: who may call.
     :param id: the server's id.
     :param audit: where it is written who did what.
+    :param manager: the elastic sessions.
     """
 
-    def __init__(self, controller: Controller, guard: Guard, id: str, audit: Audit | None = None) -> None:
+    def __init__(
+        self, controller: Controller, guard: Guard, id: str, audit: Audit | None = None, manager: Manager | None = None
+    ) -> None:
         self.controller = controller
+        self.sessions = manager or Manager(controller)
         self.guard = guard
         self.id = id
         self.audit = audit or Audit(None)

@@ -14,6 +14,7 @@ from flame.spec.people import Principal, UserRole
 
 if TYPE_CHECKING:
     from flame.controller.controller import Controller
+    from flame.store import Document
 
 #: From the thing's id to its scope; None: there is no such thing. Who asks matters only to what it costs to find out.
 Finder = Callable[["Controller", str, Principal], Awaitable["Scope | None"]]
@@ -48,6 +49,18 @@ async def _task(controller: Controller, id: str, asking: Principal) -> Scope | N
     return None if job is None else Scope(job.project, job.owner, frozenset({task.owner}) - {""})
 
 
+async def _app(controller: Controller, id: str, asking: Principal) -> Scope | None:
+    return _stored(await controller.context.store.get("apps", id))
+
+
+async def _session(controller: Controller, id: str, asking: Principal) -> Scope | None:
+    return _stored(await controller.context.store.get("sessions", id))
+
+
+def _stored(document: Document | None) -> Scope | None:
+    return None if document is None else Scope(document.body["project"], document.body["owner"])
+
+
 async def _of_server(controller: Controller, id: str, asking: Principal) -> Scope | None:
     """A thing of the server itself; the route's access says all, or its handler looks closer."""
     return Scope(None, public=True)
@@ -61,6 +74,8 @@ SCOPES: dict[str, Finder] = {
     "computes": _of_server,
     "jobs": _job,
     "tasks": _task,
+    "apps": _app,
+    "sessions": _session,
     "users": _of_server,
     "tokens": _of_server,  # one's own, as its handler says
     "projects": _of_server,

@@ -279,6 +279,11 @@ class Computes:
             site.give(key)
             self.changed()
 
+    @property
+    def reserved(self) -> frozenset[str]:
+        """The computes whose room jobs wait for."""
+        return self._reserved
+
     def reserve(self, computes: frozenset[str]) -> None:
         """Jobs wait for the room of these computes: nobody else gets any of it."""
         if computes != self._reserved:

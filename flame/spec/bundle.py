@@ -78,6 +78,22 @@ def repack(data: bytes, roles: Collection[str] | None = None, name: str = "the b
     return _zip(files)
 
 
+def files(data: bytes, name: str = "the bundle") -> dict[str, bytes]:
+    """All files of a bundle, by their paths in it.
+
+    :raises flame.errors.SpecError: it is no zip, or leaves its bounds.
+    """
+    return {"/".join(path): content for path, content in _from_zip(data, name).items()}
+
+
+def pack_files(files: dict[str, bytes]) -> bytes:
+    """Make a bundle of files by their paths in it.
+
+    :raises flame.errors.SpecError: a path would leave the bundle, or it is too large.
+    """
+    return _zip({_parts(path, "the code"): content for path, content in files.items()})
+
+
 def folders(data: bytes, name: str = "the bundle") -> dict[str, bool]:
     """The top-level folders of a bundle, and whether each has a ``main.py``. Reads names only.
 

@@ -1,0 +1,619 @@
+"""The client of elastic sessions: tasks in, answers out, over one connection for all sessions of a server.
+
+Submitting costs no wait: tasks are numbered here, leave together, and each has a :class:`Future`. What the server has not
+confirmed is kept and sent again when a connection was lost; the server knows numbers that it has seen. An answer that comes twice
+finds its future done. So each task is answered once, whatever happens between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flame import errors
+from flame.client import config
+from flame.client.local import running as running_server
+from flame.errors import Conflict, FlameError, ServerUnreachable, TaskCancelled, TaskFailed, UsageError
+from flame.sessions import dialing, wire
+from flame.sessions.code import gather
+from flame.sessions.link import Link
+from flame.sessions.opening import open_link
+from flame.sessions.payload import dumps, loads
+from flame.spec import bundle
+from flame.spec.sessions import Application, Counts, SessionForm, WorkFailure
+
+log = logging.getLogger("flame.sessions")
+
+#: Tasks, and bytes, that leave in one frame.
+TOGETHER = 2000
+_FRAME = 1 << 20
+#: Bytes of common data up to which they are part of what a session is opened with.
+_INLINE = 64 << 10
+#: Seconds that a server may be away.
+PATIENCE = 120.0
+#: Tasks that :meth:`Session.map` has under way.
+AHEAD = 10_000
+
+Options = tuple[float | None, int | None]
+_ERRORS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FlameError)}
+
+
+class Future(asyncio.Future[Any]):
+    """The answer of a task, which is awaited.
+
+    :ivar number: which of this client's tasks it is.
+    :ivar id: the task's id in its session; None until the server has said so.
+    """
+
+    def __init__(self, session: Session, number: int) -> None:
+        super().__init__(loop=asyncio.get_running_loop())
+        self.number = number
+        self._session = session
+        self._id: int | None = None
+
+    @property
+    def id(self) -> int | None:
+        """See the class."""
+        if self._id is None:
+            self._id = self._session.id_of(self.number)
+        return self._id
+
+
+class Connection:
+    """A connection to a server, for any number of sessions. An async context manager.
+
+    :param server: its address. None takes ``FLAME_SERVER``, then what is configured, then the server that runs on this machine; where
+        there is none, a private one is started for as long as this lasts.
+    :param token: the token. None takes ``FLAME_TOKEN``, then the configured one.
+    :param patience: seconds for which a server may be away before everything that waits for it fails.
+    """
+
+    def __init__(self, server: str | None = None, token: str | None = None, *, patience: float = PATIENCE) -> None:
+        settings = config.resolve(server, token)
+        self.server = settings.server
+        self._token = settings.token
+        self._patience = patience
+        self._stack = contextlib.AsyncExitStack()
+        self._link: Link | None = None
+        self._sessions: dict[int, Session] = {}
+        self._bundles: dict[str, bytes] = {}
+        self._next = 1
+        self._closed = False
+        self._returning: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Connection:
+        if self.server is None:
+            self.server = running_server(config.data_dir())
+        if self.server is None:
+            from flame.client.attach import attached
+
+            client = await self._stack.enter_async_context(attached(config.data_dir()))
+            self.server = client.server
+        self._link = await self._dial()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection. Sessions stay as they are."""
+        self._closed = True
+        if self._returning is not None:
+            self._returning.cancel()
+        if self._link is not None:
+            self._link.close()
+        for session in list(self._sessions.values()):
+            session.fail(ServerUnreachable("The connection was closed."))
+        await self._stack.aclose()
+
+    def open(self, app: Any = None, **options: Any) -> Session:
+        """A session on this connection; see :func:`open`."""
+        return Session(self, *describe(app, **options))
+
+    def join(self, id: str) -> Session:
+        """A session that is open already, by its id."""
+        return Session(self, None, {}, id)
+
+    # ------------------------------------------------------------------------------------------ for sessions
+
+    def send(self, *message: Any) -> None:
+        """Send a message, if there is a connection; whoever needs it says it again when there is one."""
+        if self._link is not None:
+            self._link.send(*message)
+
+    def add(self, session: Session, bundles: Mapping[str, bytes]) -> int:
+        """A channel for a session."""
+        number, self._next = self._next, self._next + 1
+        self._sessions[number] = session
+        self._bundles.update(bundles)
+        return number
+
+    def remove(self, number: int) -> None:
+        """A channel is not used any more."""
+        self._sessions.pop(number, None)
+
+    # ------------------------------------------------------------------------------------------------ pieces
+
+    async def _dial(self) -> Link:
+        assert self.server is not None
+        link = Link(self._hear, self._lost)
+        try:
+            await open_link(self.server, "/v1/session-link", self._token, link)
+        except dialing.Refused as error:
+            raise _refusal(error) from error
+        return link
+
+    def _hear(self, message: list[Any]) -> None:
+        session = self._sessions.get(message[1])
+        if session is None:
+            return
+        if message[0] == wire.REFUSED and message[4] in self._bundles:
+            self.send(wire.CODE, message[4], self._bundles[message[4]])
+            session.reopen()
+            return
+        session.hear(message)
+
+    def _lost(self) -> None:
+        self._link = None
+        if not self._closed:
+            self._returning = asyncio.get_running_loop().create_task(self._return())
+
+    async def _return(self) -> None:
+        """Come back to the server, as soon as it is there."""
+        from flame.client.follow import Backoff
+
+        backoff = Backoff(patience=self._patience)
+        while True:
+            try:
+                link = await self._dial()
+                break
+            except ServerUnreachable as error:
+                try:
+                    await backoff.failed(error)
+                except FlameError as final:
+                    self._give_up(final)
+                    return
+            except FlameError as error:
+                self._give_up(error)
+                return
+        self._link = link
+        for session in list(self._sessions.values()):
+            session.reopen()
+
+    def _give_up(self, error: FlameError) -> None:
+        for session in list(self._sessions.values()):
+            session.fail(error)
+
+
+class Session:
+    """A stream of tasks. Made by :func:`open`; entering the context opens it, and leaving it waits for the tasks and closes it.
+
+    :ivar id: its id, once it is open.
+    """
+
+    def __init__(
+        self, connection: Connection | None, form: SessionForm | None, bundles: Mapping[str, bytes], id: str = ""
+    ) -> None:
+        self.id = id
+        self._own: Connection | None = None
+        self._connection = connection
+        self._form = form
+        self._bundles = bundles
+        self._client = secrets.token_hex(6)
+        self._channel = 0
+        self._next = 1
+        self._window = 1 << 20
+        self._in_flight = 0
+        self._futures: dict[int, Future] = {}
+        self._sizes: dict[int, int] = {}
+        self._waiting: deque[tuple[int, bytes, Options | None]] = deque()
+        self._sent: deque[tuple[int, list[bytes], Options | None]] = deque()  # frames that were not confirmed
+        self._blocks: list[tuple[int, int, int]] = []
+        self._flushing = False
+        self._opened: asyncio.Future[None] | None = None
+        self._closed: asyncio.Future[None] | None = None
+        self._cancels: dict[int, asyncio.Future[list[int]]] = {}
+        self._requests = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._accepted = asyncio.Event()
+        self._counts: set[asyncio.Queue[Counts | None]] = set()
+        self._failure: FlameError | None = None
+
+    # --------------------------------------------------------------------------------------- coming and going
+
+    async def __aenter__(self) -> Session:
+        if self._connection is None:
+            self._own = self._connection = Connection()
+        if self._own is not None:
+            await self._own.__aenter__()
+        try:
+            self._channel = self._connection.add(self, self._bundles)
+            self._opened = asyncio.get_running_loop().create_future()
+            self.reopen()
+            await self._opened
+        except BaseException:
+            await self._left()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._failure is None and self._form is not None:
+                if kind is None:
+                    await self._quiet.wait()
+                await self.close(force=kind is not None)
+        finally:
+            await self._left()
+
+    async def close(self, *, force: bool = False) -> None:
+        """Close the session: what waits is cancelled.
+
+        :param force: also while tasks run; they are cancelled, too.
+        :raises flame.errors.Conflict: a task runs, and ``force`` is not given.
+        """
+        self._check()
+        self.flush()
+        self._closed = asyncio.get_running_loop().create_future()
+        self._send(wire.CLOSE, self._channel, force)
+        await self._closed
+
+    async def leave(self) -> None:
+        """Let go of the session and leave it open; :meth:`Connection.join` finds it again."""
+        self._send(wire.LEAVE, self._channel)
+        self._failure = Conflict(f"Session {self.id} was left.")
+        await self._left()
+
+    async def _left(self) -> None:
+        if self._connection is not None:
+            self._connection.remove(self._channel)
+        self.fail(TaskCancelled("The session was left before this task was answered."))
+        if self._own is not None:
+            await self._own.close()
+
+    # ------------------------------------------------------------------------------------------------- tasks
+
+    def submit(self, value: Any, *, timeout: float | None = None, retries: int | None = None) -> Future:
+        """Hand in a task; its answer is awaited.
+
+        :param timeout: seconds that it may run; None: what holds for the session.
+        :param retries: how often it is tried again when it fails; None likewise.
+        :raises flame.errors.UsageError: the value cannot travel.
+        """
+        return self._submit(dumps(value), None if timeout is None and retries is None else (timeout, retries))
+
+    def submit_many(
+        self, values: Iterable[Any], *, timeout: float | None = None, retries: int | None = None
+    ) -> list[Future]:
+        """Hand in many tasks."""
+        options = None if timeout is None and retries is None else (timeout, retries)
+        return [self._submit(dumps(value), options) for value in values]
+
+    async def invoke(self, value: Any, *, timeout: float | None = None, retries: int | None = None) -> Any:
+        """Hand in a task and wait for its answer.
+
+        :raises flame.errors.TaskFailed: it failed.
+        :raises flame.errors.TaskCancelled: it was cancelled.
+        """
+        future = self.submit(value, timeout=timeout, retries=retries)
+        self.flush()
+        return await future
+
+    async def map(
+        self, values: Iterable[Any] | AsyncIterable[Any], *, ordered: bool = True, ahead: int = AHEAD
+    ) -> AsyncIterator[Any]:
+        """The answers of many tasks, as they are there: in the order of the values, or as they come.
+
+        :param ahead: how many tasks are under way at most.
+        :raises flame.errors.TaskFailed: one failed; the others go on.
+        """
+        source = _each(values)
+        line: deque[Future] = deque()
+        ready: asyncio.Queue[Future] = asyncio.Queue()
+        more, count = True, 0
+        while more or count:
+            while more and count < ahead:
+                value = await anext(source, _END)
+                if value is _END:
+                    more = False
+                    break
+                future = self.submit(value)
+                count += 1
+                if ordered:
+                    line.append(future)
+                else:
+                    future.add_done_callback(ready.put_nowait)
+                if count % 256 == 0 and line and line[0].done():
+                    break
+            if count:
+                count -= 1
+                yield await (line.popleft() if ordered else await ready.get())
+
+    async def as_completed(self, futures: Iterable[Future]) -> AsyncIterator[Future]:
+        """Futures in the order in which they are done."""
+        ready: asyncio.Queue[Future] = asyncio.Queue()
+        count = 0
+        for future in futures:
+            future.add_done_callback(ready.put_nowait)
+            count += 1
+        for _ in range(count):
+            yield await ready.get()
+
+    async def accepted(self) -> None:
+        """Wait until everything that was handed in is in the server's store."""
+        self.flush()
+        while self._sent or self._waiting:
+            self._check()
+            self._accepted.clear()
+            await self._accepted.wait()
+        self._check()
+
+    async def cancel(self, *futures: Future, force: bool = False) -> list[Future]:
+        """Cancel tasks; gives those that are cancelled, or will be at once. One that runs goes on.
+
+        :param force: end the executors of those that run, too.
+        """
+        self._check()
+        self.flush()
+        self._requests += 1
+        request = self._requests
+        answer = self._cancels[request] = asyncio.get_running_loop().create_future()
+        self._send(wire.CANCEL, self._channel, request, [future.number for future in futures], force)
+        taken = set(await answer)
+        return [future for future in futures if future.number in taken]
+
+    async def watch(self) -> AsyncIterator[Counts]:
+        """The session's tasks by state: now, and with each change, until it is closed."""
+        self._check()
+        queue: asyncio.Queue[Counts | None] = asyncio.Queue()
+        self._counts.add(queue)
+        try:
+            self._send(wire.WATCH, self._channel)
+            while (counts := await queue.get()) is not None:
+                yield counts
+        finally:
+            self._counts.discard(queue)
+
+    # -------------------------------------------------------------------------------------- for the connection
+
+    def reopen(self) -> None:
+        """Say which session this is, on a new connection, or after what it needs was sent."""
+        form = (
+            msgspec.to_builtins(self._form, builtin_types=(bytes,)) if self._form is not None and not self.id else None
+        )
+        self._send(wire.OPEN, self._channel, form, self.id, self._client)
+
+    def hear(self, message: list[Any]) -> None:
+        """A message for this session."""
+        kind = message[0]
+        if kind == wire.ANSWERS:
+            self._answers(message[2], message[3])
+        elif kind == wire.ACCEPTED:
+            self._accept(message[2], message[3], message[4])
+        elif kind == wire.OPENED:
+            self._welcome(*message[2:])
+        elif kind == wire.REFUSED:
+            self._refused(_ERRORS.get(message[2], errors.ServerError), message[3])
+        elif kind == wire.CLOSED:
+            _resolve(self._closed, None)
+            for queue in self._counts:
+                queue.put_nowait(None)
+        elif kind == wire.CANCELLED:
+            _resolve(self._cancels.pop(message[2], None), message[3])
+        elif kind == wire.COUNTS:
+            counts = msgspec.convert(message[2], Counts)
+            for queue in self._counts:
+                queue.put_nowait(counts)
+
+    def fail(self, error: FlameError) -> None:
+        """Nothing will come any more."""
+        self._failure = self._failure or error
+        for waiting in (self._opened, self._closed, *self._cancels.values()):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(error)
+        self._cancels.clear()
+        futures, self._futures = self._futures, {}
+        for future in futures.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # it is known: nobody need be told that nobody asked
+        for queue in self._counts:
+            queue.put_nowait(None)
+        self._waiting.clear()
+        self._sent.clear()
+        self._accepted.set()
+        self._quiet.set()
+
+    def id_of(self, number: int) -> int | None:
+        """The id of a task, once the server has said so."""
+        for first, begin, count in reversed(self._blocks):
+            if first <= number < first + count:
+                return begin + number - first
+        return None
+
+    def flush(self) -> None:
+        """Send what was handed in, as far as the server has room for it."""
+        self._flushing = False
+        if self._connection is None or self._opened is None or not self._opened.done():
+            return
+        while self._waiting and (self._in_flight < self._window):
+            first, _, options = self._waiting[0]
+            payloads: list[bytes] = []
+            size = 0
+            while self._waiting and len(payloads) < TOGETHER and size < _FRAME and self._waiting[0][2] == options:
+                payload = self._waiting.popleft()[1]
+                payloads.append(payload)
+                size += len(payload) + 64
+            self._in_flight += size
+            self._sent.append((first, payloads, options))
+            self._send(wire.SUBMIT, self._channel, first, payloads, options)
+
+    # ------------------------------------------------------------------------------------------------ pieces
+
+    def _submit(self, payload: bytes, options: Options | None) -> Future:
+        if self._failure is not None:
+            raise self._failure
+        number = self._next
+        self._next += 1
+        future = self._futures[number] = Future(self, number)
+        self._sizes[number] = len(payload) + 64
+        self._waiting.append((number, payload, options))
+        self._quiet.clear()
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self.flush)
+        return future
+
+    def _send(self, *message: Any) -> None:
+        if self._connection is not None:
+            self._connection.send(*message)
+
+    def _answers(self, entry: int, rows: Sequence[Any]) -> None:
+        futures, sizes = self._futures, self._sizes
+        for number, task, state, payload in rows:
+            future = futures.pop(number, None)
+            self._in_flight -= sizes.pop(number, 0)
+            if future is None or future.done():
+                continue
+            future._id = task
+            try:
+                if state == wire.SUCCEED:
+                    future.set_result(loads(payload))
+                elif state == wire.FAILED:
+                    why = msgspec.msgpack.decode(payload, type=WorkFailure)
+                    future.set_exception(TaskFailed(why.type, why.message, why.trace, task))
+                else:
+                    future.set_exception(TaskCancelled(f"Task {task} was cancelled."))
+                    future.exception()
+            except FlameError as error:
+                future.set_exception(error)
+        self._send(wire.ACK, self._channel, entry)
+        if self._waiting:
+            self.flush()
+        elif not futures:
+            self._quiet.set()
+
+    def _accept(self, first: int, begin: int, count: int) -> None:
+        if not self._blocks or self._blocks[-1][0] < first:
+            self._blocks.append((first, begin, count))
+        end = first + count
+        while self._sent and self._sent[0][0] + len(self._sent[0][1]) <= end:
+            self._sent.popleft()
+        self._accepted.set()
+
+    def _welcome(self, id: str, window: int, last: int, blocks: Sequence[Sequence[int]]) -> None:
+        self.id, self._window = id, window
+        for first, begin, count in blocks:
+            self._accept(first, begin, count)
+        if self._counts:
+            self._send(wire.WATCH, self._channel)
+        for first, payloads, options in list(self._sent):
+            self._send(wire.SUBMIT, self._channel, first, payloads, options)
+        _resolve(self._opened, None)
+        self.flush()
+
+    def _refused(self, kind: type[FlameError], message: str) -> None:
+        error = FlameError.__new__(kind)
+        FlameError.__init__(error, message)
+        if self._opened is not None and not self._opened.done():
+            self._opened.set_exception(error)
+        elif self._closed is not None and not self._closed.done():
+            self._closed.set_exception(error)
+        else:
+            self.fail(error)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def open(app: Any = None, *, connection: Connection | None = None, **options: Any) -> Session:  # noqa: A001 - it opens
+    """A session, which is opened by entering it: ``async with flame.sessions.open(app) as session``.
+
+    :param app: a class or a function; an :class:`~flame.spec.sessions.Application`; or the name of a registered one.
+    :param connection: where; None makes one of its own, to the configured server or else a private one.
+    :param options: ``common_data``, and what :class:`~flame.spec.sessions.SessionForm` and, of an inline application,
+        :class:`~flame.spec.sessions.Application` take: ``slots``, ``priority``, ``weight``, ``min_instances``, ``max_instances``,
+        ``batch_size``, ``timeout``, ``retries``, ``retry_budget``, ``delay_release``, ``id``; ``arguments``, ``environment``,
+        ``dependencies``, ``resources``, ``image``; ``code``: a folder whose files all travel.
+    :raises flame.errors.UsageError: this is no application, or an option is not known.
+    """
+    return Session(connection, *describe(app, **options))
+
+
+def connect(server: str | None = None, token: str | None = None, *, patience: float = PATIENCE) -> Connection:
+    """A connection for several sessions: ``async with flame.sessions.connect() as connection``. See :class:`Connection`."""
+    return Connection(server, token, patience=patience)
+
+
+_APPLICATION = {"arguments", "environment", "dependencies", "resources", "image", "name"}
+
+
+def describe(
+    app: Any, *, common_data: Any = None, code: str | Path | None = None, **options: Any
+) -> tuple[SessionForm, dict[str, bytes]]:
+    """What a session is opened with, and the bundles that belong to it by their digests.
+
+    :raises flame.errors.UsageError: it cannot be.
+    """
+    bundles: dict[str, bytes] = {}
+    own = {name: options.pop(name) for name in list(options) if name in _APPLICATION}
+    try:
+        if isinstance(app, str):
+            options["app"] = app
+            if own:
+                raise UsageError(f"{', '.join(own)} belong to the application {app!r}, which is registered already.")
+        elif isinstance(app, Application):
+            options["application"] = msgspec.structs.replace(app, **own)
+        else:
+            found = gather(app, code)
+            if found.bundle is not None and found.digest is not None:
+                bundles[found.digest] = found.bundle
+            options["application"] = Application(entry=found.entry, code=found.digest, **own)
+        if common_data is not None:
+            data = dumps(common_data)
+            if len(data) <= _INLINE:
+                options["common"] = data
+            else:
+                digest = bundle.digest(data)
+                bundles[digest] = data
+                options["common_digest"] = digest
+        return SessionForm(**options), bundles
+    except TypeError as error:
+        raise UsageError(f"A session cannot be opened like this: {error}.") from error
+
+
+_END = object()
+
+
+async def _each(values: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(values, AsyncIterable):
+        async for value in values:
+            yield value
+    else:
+        for value in values:
+            yield value
+
+
+def _resolve(future: asyncio.Future[Any] | None, value: Any) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
+
+
+def _refusal(refused: dialing.Refused) -> FlameError:
+    try:
+        form = msgspec.json.decode(refused.body)["error"]
+        kind, message = _ERRORS.get(str(form["type"]), errors.ServerError), str(form["message"])
+    except (msgspec.MsgspecError, LookupError, TypeError):
+        return refused
+    error = FlameError.__new__(kind)
+    FlameError.__init__(error, message)
+    return error

@@ -1,0 +1,113 @@
+"""Writes what has happened in all sessions: everything of one moment in one transaction, and then tells whom it concerns.
+
+While one transaction is under way the next one gathers, so under load a transaction holds more, and the cost of a
+task falls. Nobody is told anything that a crash could take back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from flame.errors import StoreError
+from flame.sessions import wire
+from flame.sessions.manager import journal
+from flame.sessions.manager.live import Live
+from flame.store import Store
+
+log = logging.getLogger("flame.sessions")
+
+_PAUSE = 0.5
+
+
+class Committer:
+    """The one writer of journals.
+
+    :param store: where they are.
+    :param told: called with each session of a commit, once it is done.
+    """
+
+    def __init__(self, store: Store, told: Callable[[Live], None]) -> None:
+        self._store = store
+        self._told = told
+        self._dirty: dict[str, Live] = {}
+        self._then: list[Callable[[], None]] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    def touch(self, live: Live, then: Callable[[], None] | None = None) -> None:
+        """Something of a session is to be written.
+
+        :param then: called once it is.
+        """
+        self._dirty[live.id] = live
+        if then is not None:
+            self._then.append(then)
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write())
+
+    async def settled(self) -> None:
+        """Wait until all is written that there is to write now."""
+        while self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    async def _write(self) -> None:
+        try:
+            while self._dirty:
+                lives, self._dirty = list(self._dirty.values()), {}
+                then, self._then = self._then, []
+                entries: list[tuple[str, int, bytes]] = []
+                news = [_Commit(live, entries) for live in lives]
+                await self._record(entries)
+                for one in news:
+                    one.tell()
+                for call in then:
+                    call()
+                for live in lives:
+                    self._told(live)
+        finally:
+            self._writing = None
+
+    async def _record(self, entries: list[tuple[str, int, bytes]]) -> None:
+        while entries:
+            try:
+                await self._store.record(entries)
+                return
+            except StoreError as error:  # nobody is told anything meanwhile, and nothing is lost
+                log.error("what happens in sessions cannot be written, and is tried again: %s", error)
+                await asyncio.sleep(_PAUSE)
+
+
+class _Commit:
+    """What one commit writes of one session."""
+
+    def __init__(self, live: Live, entries: list[tuple[str, int, bytes]]) -> None:
+        place = journal.name(live.id)
+        self._live = live
+        self._accepted, live.accepted = live.accepted, []
+        ends, live.ends = live.ends, []
+        for data in live.entries:
+            live.last += 1
+            entries.append((place, live.last, data))
+        live.entries = []
+        self._rows: dict[str, list[journal.Row]] = {}
+        if ends:
+            live.last += 1
+            entries.append((place, live.last, journal.ended(ends)))
+            for work, state, payload in ends:
+                self._rows.setdefault(work.client, []).append((work.number, work.id, state, payload))
+        self._entry = live.last
+        for client, read in live.read.items():
+            live.last += 1
+            entries.append((place, live.last, journal.acknowledged(client, read)))
+        live.read = {}
+
+    def tell(self) -> None:
+        for member, block in self._accepted:
+            if member.link is not None:
+                member.link.send(wire.ACCEPTED, member.channel, *block)
+        for client, rows in self._rows.items():
+            member = self._live.members[client]
+            member.unread[self._entry] = rows
+            if member.link is not None:
+                member.link.send(wire.ANSWERS, member.channel, self._entry, rows)

@@ -1,0 +1,244 @@
+"""Sessions from their client's side, with real executors."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flame.sessions
+from flame.errors import Conflict, NotFound, SpecError, TaskCancelled, TaskFailed, UsageError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sessionkit
+
+
+async def until(condition: Any, seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_tasks_are_answered_in_whatever_way_they_are_handed_in(served: Any) -> None:
+    async with served.open(sessionkit.square, max_instances=2) as session:
+        assert await session.invoke(12) == 144
+        future = session.submit(3)
+        assert await future == 9
+        assert future.id == 2
+        assert await asyncio.gather(*session.submit_many(range(500))) == [n * n for n in range(500)]
+        assert [answer async for answer in session.map(range(50))] == [n * n for n in range(50)]
+        assert sorted([answer async for answer in session.map(range(50), ordered=False)]) == [n * n for n in range(50)]
+        futures = session.submit_many(range(20))
+        done = [future async for future in session.as_completed(futures)]
+        assert {id(future) for future in done} == {id(future) for future in futures}
+    record = await served.manager.session(session.id)
+    assert record.state == "closed"
+    assert (record.counts.total, record.counts.succeed) == (622, 622)
+
+
+async def test_a_failed_task_says_type_message_and_trace_and_the_session_goes_on(served: Any) -> None:
+    async with served.open(sessionkit.fail, max_instances=1) as session:
+        with pytest.raises(TaskFailed, match="ValueError: no 7") as caught:
+            await session.invoke(7)
+        assert (caught.value.type, caught.value.reason, caught.value.task) == ("ValueError", "no 7", 1)
+        assert "sessionkit.py" in caught.value.trace
+        with pytest.raises(TaskFailed, match="no 8"):
+            await session.invoke(8)
+        (first, second) = await served.manager.tasks(session.id, 0, 10)
+        assert (first.state, first.failure.message, second.id) == ("failed", "no 7", 2)
+
+
+async def test_an_application_is_told_when_it_is_bound_and_unbound(served: Any, tmp_path: Path) -> None:
+    async with served.open(
+        sessionkit.Told, common_data={"x": 1}, arguments={"folder": str(tmp_path), "offset": 5}, max_instances=1
+    ) as session:
+        answers = await asyncio.gather(*session.submit_many("abc"))
+    assert answers == [[n, 1, letter, {"x": 1}, 5] for n, letter in enumerate("abc", 1)]
+    told = next(tmp_path.glob("*.told"))
+    await until(lambda: told.read_text().splitlines() == ["enter", "task 1", "task 2", "task 3", "leave"])
+
+
+async def test_arrays_travel_both_ways_and_are_shared_unchanged(served: Any) -> None:
+    base = np.arange(100_000, dtype=np.float32)
+    async with served.open(sessionkit.Sums, common_data={"base": base}, max_instances=1) as session:
+        answer = await session.invoke({"more": np.ones(100_000, np.float32)})
+    np.testing.assert_array_equal(answer["sum"], base + 1)
+    assert answer["sum"].dtype == np.float32
+    assert answer["writeable"] is False
+
+
+async def test_what_cannot_travel_is_said_when_it_is_handed_in(served: Any) -> None:
+    async with served.open(sessionkit.square) as session:
+        with pytest.raises(UsageError, match="object"):
+            session.submit(object())
+    with pytest.raises(UsageError, match="top of a module"):
+        served.open(lambda x: x)
+    with pytest.raises(UsageError, match="no_such_option"):
+        served.open(sessionkit.square, no_such_option=1)
+    with pytest.raises(NotFound, match="'nobody'"):
+        async with served.open("nobody"):
+            pass
+
+
+async def test_a_failing_task_is_tried_again_as_often_as_it_may(served: Any, tmp_path: Path) -> None:
+    async with served.open(sessionkit.fail_until, max_instances=1, retry_budget=3) as session:
+        assert await session.invoke(str(tmp_path / "a"), retries=2) == 3
+        with pytest.raises(TaskFailed, match="try 2"):  # the budget had one left
+            await session.invoke(str(tmp_path / "b"), retries=2)
+
+
+async def test_a_task_that_runs_too_long_fails_and_the_next_one_runs(served: Any, tmp_path: Path) -> None:
+    async with served.open(sessionkit.wait_for, max_instances=1) as session:
+        slow = session.submit(str(tmp_path / "never"), timeout=0.3)
+        quick = session.submit(str(tmp_path))
+        with pytest.raises(TaskFailed, match=r"TimeoutError: The task ran for more than 0\.3 s"):
+            await slow
+        assert await quick == str(tmp_path)
+
+
+async def test_waiting_tasks_can_be_cancelled_and_the_running_one_only_by_force(served: Any, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    async with served.open(sessionkit.wait_for, max_instances=1) as session:
+        first, second, third = session.submit_many([str(gate), str(tmp_path), str(tmp_path)])
+        await until(lambda: served.manager.live(session.id).counts.running == 1)
+        assert await session.cancel(first, second) == [second]
+        with pytest.raises(TaskCancelled):
+            await second
+        gate.touch()
+        assert await asyncio.gather(first, third) == [str(gate), str(tmp_path)]
+        stuck = session.submit(str(tmp_path / "never"))
+        await until(lambda: served.manager.live(session.id).counts.running == 1)
+        assert await session.cancel(stuck, force=True) == [stuck]
+        with pytest.raises(TaskCancelled):
+            await stuck
+        assert await session.invoke(str(tmp_path)) == str(tmp_path)
+
+
+async def test_closing_is_refused_while_a_task_runs_and_cancels_what_waits(served: Any, tmp_path: Path) -> None:
+    async with served.open(sessionkit.wait_for, max_instances=1) as session:
+        first, second = session.submit_many([str(tmp_path / "gate"), str(tmp_path)])
+        await until(lambda: served.manager.live(session.id).counts.running == 1)
+        with pytest.raises(Conflict, match="runs a task"):
+            await session.close()
+        await session.close(force=True)
+        for future in (first, second):
+            with pytest.raises(TaskCancelled):
+                await future
+        await session.close(force=True)
+    assert (await served.manager.session(session.id)).counts.cancelled == 2
+
+
+async def test_opening_an_id_again_gives_the_same_session_or_says_what_differs(served: Any) -> None:
+    async with served.open(sessionkit.square, id="mine", weight=2.0, max_instances=1) as session:
+        assert await session.invoke(2) == 4
+        again = served.open(sessionkit.square, id="mine", weight=2.0, max_instances=1)
+        await again.__aenter__()
+        assert again.id == "mine"
+        future = again.submit(3)
+        assert await future == 9
+        assert future.id == 2
+        await again.leave()
+        with pytest.raises(Conflict, match=r"weight is 2\.0, not 3\.0"):
+            async with served.open(sessionkit.square, id="mine", weight=3.0, max_instances=1):
+                pass
+    with pytest.raises(Conflict, match="mine is closed"):
+        async with served.open(sessionkit.square, id="mine", weight=2.0, max_instances=1):
+            pass
+    with pytest.raises(SpecError, match="maxInstances"):
+        async with served.open(sessionkit.square, min_instances=3, max_instances=2):
+            pass
+
+
+async def test_a_session_whose_executors_cannot_be_bound_says_why(served: Any) -> None:
+    async with served.open(sessionkit.NeverEnters, max_instances=1) as session:
+        with pytest.raises(TaskFailed, match="on_session_enter failed: ConnectionError: the database is away"):
+            await session.invoke(1)
+        record = await served.manager.session(session.id)
+        assert record.reason is not None
+        assert "5 times in a row" in record.reason
+        with pytest.raises(TaskFailed, match="SessionFailed"):
+            await session.invoke(2)
+
+
+async def test_an_executor_serves_the_next_session_of_the_same_application(served: Any) -> None:
+    async with served.open(sessionkit.pid, max_instances=1) as session:
+        first = await session.invoke(0)
+    async with served.open(sessionkit.pid, max_instances=1) as session:
+        assert await session.invoke(0) == first
+    async with served.open(sessionkit.pid, max_instances=1, environment={"X": "1"}) as session:
+        assert await session.invoke(0) != first
+
+
+async def test_an_idle_executor_is_kept_for_the_delay_and_then_let_go(served: Any, find_executors: Any) -> None:
+    async with served.open(sessionkit.pid, max_instances=1, delay_release=0.5) as session:
+        first = await session.invoke(0)
+        assert await session.invoke(0) == first
+        await until(lambda: not find_executors())
+        assert await session.invoke(0) != first
+
+
+async def test_the_least_number_of_executors_is_there_without_tasks_and_stays(served: Any) -> None:
+    async with served.open(sessionkit.pid, min_instances=2, max_instances=3, delay_release=0.05) as session:
+        live = served.manager.live(session.id)
+        await until(lambda: [one.state for one in live.executors.values()] == ["bound", "bound"])
+        pids = {await session.invoke(0) for _ in range(10)}
+        await asyncio.sleep(0.2)  # longer than the delay: what should not happen has had its time
+        assert len(live.executors) >= 2
+        assert pids
+
+
+async def test_a_lost_executor_loses_no_task_and_one_that_kills_all_is_given_up(served: Any, tmp_path: Path) -> None:
+    async with served.open(sessionkit.die, max_instances=1) as session:
+        assert await session.invoke(str(tmp_path / "once")) == "alive"
+        assert (await served.manager.tasks(session.id, 0, 10))[0].attempt == 2
+    async with served.open(sessionkit.die_always, max_instances=1) as session:
+        with pytest.raises(TaskFailed, match=r"ExecutorLost.*SIGKILL"):
+            await session.invoke(0)
+
+
+async def test_a_group_works_together_or_not_at_all(served: Any, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    async with served.open(sessionkit.wait_for, batch_size=2, max_instances=2) as session:
+        live = served.manager.live(session.id)
+        futures = session.submit_many([gate, gate])
+        await until(lambda: live.counts.running == 2)
+        Path(gate).touch()
+        await asyncio.gather(*futures)
+    async with served.open(sessionkit.square, batch_size=5) as session:  # there are four slots
+        future = session.submit(1)
+        await session.accepted()
+        await asyncio.sleep(0.2)  # long enough for it to start what it should not
+        assert not served.manager.live(session.id).executors
+        assert await session.cancel(future) == [future]
+
+
+async def test_counts_can_be_watched(served: Any) -> None:
+    async with served.open(sessionkit.square, max_instances=1) as session:
+        futures = session.submit_many(range(100))
+        seen = []
+        async for counts in session.watch():
+            seen.append(counts)
+            if counts.succeed == 100:
+                break
+        assert seen[-1].total == 100
+        assert all(one.pending + one.running + one.succeed == one.total for one in seen)
+        await asyncio.gather(*futures)
+
+
+async def test_a_registered_application_is_used_by_its_name(served: Any) -> None:
+    _, bundles = flame.sessions.client.describe(sessionkit.square)
+    ((digest, data),) = bundles.items()
+    await served.client.code.upload(data)
+    app = await served.manager.apps.create(
+        flame.spec.sessions.Application(name="squares", entry="sessionkit:square", code=digest),
+        project="default",
+        owner="local",
+    )
+    async with served.open("squares", max_instances=1) as session:
+        assert await session.invoke(5) == 25
+    async with served.open(app.id, max_instances=1) as session:
+        assert await session.invoke(6) == 36
