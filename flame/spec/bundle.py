@@ -78,14 +78,6 @@ def repack(data: bytes, roles: Collection[str] | None = None, name: str = "the b
     return _zip(files)
 
 
-def files(data: bytes, name: str = "the bundle") -> dict[str, bytes]:
-    """All files of a bundle, by their paths in it.
-
-    :raises flame.errors.SpecError: it is no zip, or leaves its bounds.
-    """
-    return {"/".join(path): content for path, content in _from_zip(data, name).items()}
-
-
 def pack_files(files: dict[str, bytes]) -> bytes:
     """Make a bundle of files by their paths in it.
 

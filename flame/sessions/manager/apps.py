@@ -128,7 +128,7 @@ class Apps:
         if code is None:
             return {}
         if code not in self._unpacked:
-            files = await asyncio.to_thread(bundle.files, await self.bundle(code))
+            files = await asyncio.to_thread(_files, await self.bundle(code))
             while len(self._unpacked) >= _KEPT:
                 del self._unpacked[next(iter(self._unpacked))]
             self._unpacked[code] = files
@@ -168,3 +168,7 @@ class Apps:
         if saved is None:
             raise NotFound(f"There is no application {id!r}.")
         return saved
+
+
+def _files(data: bytes) -> dict[str, bytes]:
+    return {"/".join(path): content for path, content in bundle.contents(data).items()}
