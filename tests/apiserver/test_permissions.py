@@ -24,6 +24,7 @@ from flame.errors import Conflict, Forbidden, NotFound, SpecError, Unauthorized
 from flame.spec import bundle
 from flame.spec.nouns import Dataset, DatasetGroups
 from flame.spec.people import LOCAL, ProjectForm, TokenForm, UserForm, UserRole
+from flame.spec.sessions import Application, SessionForm
 
 #: What stands for each parameter of a path, by resource. A new resource needs a line here: what the test is to ask about.
 #: It must belong to the project "red", to uma or, where it may, to pat.
@@ -102,6 +103,12 @@ class World:
         form = msgspec.structs.replace(form, data_spec=spec)
         job = await controller.create_job(form, project=project, owner=user)
         tasks = await controller.tasks(job.id)
+        sessions = self.served.server.api.sessions
+        application = Application(name=f"{project} app", entry="json:dumps")
+        app = await sessions.apps.create(application, project=project, owner=user)
+        session = await sessions.open_session(
+            SessionForm(application=application), project=project, owner=user, sees=lambda _: True
+        )
         self.things[project] = {
             "code": code,
             "dataset": theirs.id,
@@ -113,6 +120,8 @@ class World:
             "token": next(one.id for one in controller.accounts.tokens(LOCAL) if one.user == user),
             "project": project,
             "compute": "local",
+            "app": app.id,
+            "session": session.id,
         }
 
     def path(self, route: Route, things: dict[str, str]) -> str:
