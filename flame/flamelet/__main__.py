@@ -15,10 +15,7 @@ from flame.errors import FlameError
 from flame.flamelet.agent import Agent
 from flame.flamelet.settings import Settings
 
-#: The server says it on the event stream when it wants a worker to end; so a signal alone comes from elsewhere.
-_ASKED = (
-    "Its worker was asked to end by a signal: from somebody on its host, or from what it runs on as that shut down."
-)
+_ASKED = "Its worker was asked to end (SIGTERM): by the server, by somebody on its host, or by what it runs on as that shut down."
 
 
 async def work() -> bool:

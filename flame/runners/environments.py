@@ -166,7 +166,7 @@ def _satisfied(requirement: Requirement) -> bool:
 def main(arguments: Sequence[str]) -> int:
     """Install in a container, before its worker starts: ``python -m flame.runners.environments FOLDER REQUIREMENT...``.
 
-    The path of the interpreter that has it all is written to ``FOLDER/python``.
+    The path of the interpreter that has it all is written to ``FOLDER/python``, and printed.
 
     :returns: the exit status.
     """
@@ -178,6 +178,7 @@ def main(arguments: Sequence[str]) -> int:
     except (RunnerError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    print(python)
     return 0
 
 
