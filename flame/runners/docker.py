@@ -23,8 +23,6 @@ from flame.runners.docker_engine import Engine, Refused, log
 from flame.runners.docker_images import Dependencies, Images, Once
 from flame.runners.docker_network import Route
 
-_LAST_LINES = 200
-
 
 class _Worker:
     """A worker whose container runs, or whose end was not told yet."""
@@ -56,6 +54,9 @@ class DockerRunner(Runner):
         self._start_once: Once[WorkerInfo] = Once()
         self._looking = 0  # starts and lists under way: ends of containers that nobody knows yet may be theirs
         self._ended_early: set[str] = set()
+        self._told: set[str] = (
+            set()
+        )  # containers that have ended, which everybody knows, and that are about to be removed
         self._on_exit: ExitCallback | None = None
         self._follower: asyncio.Task[None] | None = None
         self._away: str | None = None
@@ -79,8 +80,8 @@ class DockerRunner(Runner):
                 info = container.info
                 if info is None or _name(info) in self._workers or _name(info) in self._start_once:
                     continue
-                if container.state == "created":  # its server was killed before it could start it
-                    await self._containers.remove(container.id)
+                if container.id in self._told or container.state == "created":  # never begun: its server was killed
+                    await self._discard(container.id)
                 elif container.state != "removing":
                     self._adopt(info, ended=container.ended)
         return [worker.info for worker in self._workers.values()]
@@ -105,7 +106,7 @@ class DockerRunner(Runner):
         """See the base class. The end of what an ended one has printed is kept until :meth:`clean`."""
         running = self._workers.get(_name(worker))
         if running is not None:
-            printed = await self._engine.find("logs", running.info.handle, tail=_LAST_LINES)
+            printed = await self._containers.printed(running.info.handle)
             if printed is not None:
                 yield printed
                 return
@@ -212,17 +213,22 @@ class DockerRunner(Runner):
             log.debug("how the worker %s has ended cannot be told yet: %s", _name(worker.info), error)
             return
         del self._workers[_name(worker.info)]
+        self._told.add(worker.info.handle)
         if not worker.ending and self._on_exit:
             self._on_exit(worker.info, how)
         try:
-            await self._containers.remove(worker.info.handle)
+            await self._discard(worker.info.handle)
         except RunnerError as error:
             log.warning("the container of %s, which has ended, cannot be removed: %s", _name(worker.info), error)
         finally:
             worker.gone.set()
 
+    async def _discard(self, container: str) -> None:
+        await self._containers.remove(container)
+        self._told.discard(container)
+
     async def _keep_output(self, info: WorkerInfo) -> None:
-        printed = await self._engine.find("logs", info.handle, tail=_LAST_LINES)
+        printed = await self._containers.printed(info.handle)
         if printed:
             await asyncio.to_thread(self._write, self._kept(info), printed)
 

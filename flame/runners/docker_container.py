@@ -32,6 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: What the kernel calls it when a signal has ended a process: 128 and its number.
 _SIGNALS = 128
 _PATIENCE = 30.0
+_LAST_LINES = 200
 
 
 class Found(NamedTuple):
@@ -135,8 +136,7 @@ class Containers:
         try:
             await self._begin(made)
             code = (await self._engine.call("wait", made, timeout=None))["StatusCode"]
-            printed = await self._engine.call("logs", made, tail=20)
-            return int(code), bytes(printed).decode(errors="replace")
+            return int(code), (await self.printed(made) or b"").decode(errors="replace")
         finally:
             await self.remove(made)
             self._installing.discard(made)
@@ -165,6 +165,15 @@ class Containers:
                 f"({f'killed by {how.signal}' if how.signal else f'exit code {code}'})."
             )
         return how
+
+    async def printed(self, container: str) -> bytes | None:
+        """The end of what a container has printed; None where there is none any more."""
+        try:
+            return bytes(await self._engine.call("logs", container, tail=_LAST_LINES))
+        except Refused as refusal:
+            if refusal.code in (404, 409):  # it is gone, or about to be
+                return None
+            raise
 
     async def remove(self, container: str) -> None:
         """Kill and remove a container; one that is gone is no error. Returns when nothing of it is left.

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -80,6 +80,7 @@ class Engine:
         self._timeout = timeout
         self._client: docker.APIClient | None = None
         self._making = threading.Lock()
+        self._closed = False
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
 
     @property
@@ -123,8 +124,9 @@ class Engine:
         while True:
             since = time.time() - 1.0
             try:
-                stream = await self.call("events", since=int(since), filters=dict(filters), decode=True)
-                with _closed_after(stream):
+                stream = _Stream(partial(self._call, "events", since=int(since), filters=dict(filters), decode=True))
+                with contextlib.closing(stream):
+                    await stream.opened
                     await opened()
                     pause = _FIRST_PAUSE
                     async for event in self._each(stream):
@@ -137,9 +139,12 @@ class Engine:
 
     def close(self) -> None:
         """Let go of it. Calls under way come to their end by themselves."""
+        self._closed = True
         self._pool.shutdown(wait=False)
 
     async def _run(self, work: Callable[[], Any]) -> Any:
+        if self._closed:
+            raise RunnerError(f"{self.name} was let go of: the server ends.")
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
@@ -164,25 +169,12 @@ class Engine:
                 )
             return self._client
 
-    async def _each(self, stream: Any) -> AsyncIterator[dict[str, Any]]:
-        """The events of a stream, read by a thread, until it breaks. Whoever closes the stream ends the thread."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-
-        def read() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is interested any more
-                try:
-                    for event in stream:
-                        loop.call_soon_threadsafe(queue.put_nowait, event)
-                except _FAULTS:
-                    pass  # it broke, as below
-                loop.call_soon_threadsafe(queue.put_nowait, None)
-
-        threading.Thread(target=read, name="docker-events", daemon=True).start()
+    async def _each(self, stream: _Stream) -> AsyncIterator[dict[str, Any]]:
+        """The events of a stream, until it breaks."""
         while True:
             try:
                 async with asyncio.timeout(_QUIET):
-                    event = await queue.get()
+                    event = await stream.events.get()
             except TimeoutError:
                 await self.call("ping")
                 continue
@@ -191,14 +183,61 @@ class Engine:
             yield event
 
 
-@contextlib.contextmanager
-def _closed_after(stream: Any) -> Iterator[None]:
-    """Close a stream, also under the feet of the thread that reads it."""
-    try:
-        yield
-    finally:
-        with contextlib.suppress(AttributeError, *_FAULTS):  # it has broken already, and has no socket any more
-            stream.close()
+class _Stream:
+    """A stream of events, opened and read by a thread of its own from the moment it is made; belongs to the running event loop.
+
+    :param open: opens it.
+    :ivar opened: done when it is open; or why it cannot be.
+    :ivar events: what comes; None when it breaks.
+    """
+
+    def __init__(self, open: Callable[[], Any]) -> None:
+        self._open = open
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._stream: Any = None
+        self._closed = False
+        self.opened: asyncio.Future[None] = self._loop.create_future()
+        self.events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        threading.Thread(target=self._run, name="docker-events", daemon=True).start()
+
+    def close(self) -> None:
+        """Break it off, under the feet of the thread that reads it, or is just about to."""
+        with self._lock:
+            self._closed = True
+            if self._stream is not None:
+                with contextlib.suppress(AttributeError, *_FAULTS):  # it has broken already, and has no socket any more
+                    self._stream.close()
+        self.opened.cancel()
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is interested any more
+            try:
+                stream = self._open()
+            except RunnerError as error:
+                self._loop.call_soon_threadsafe(self._settle, error)
+                return
+            with self._lock:
+                self._stream = stream
+                if self._closed:
+                    stream.close()
+            try:
+                self._loop.call_soon_threadsafe(self._settle, None)
+                for event in stream:
+                    self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+            except _FAULTS as error:
+                log.debug("the stream of events broke: %s", error)
+            finally:
+                stream._response.close()  # the SDK's own close() shuts the connection down, and keeps the socket
+            self._loop.call_soon_threadsafe(self.events.put_nowait, None)
+
+    def _settle(self, error: RunnerError | None) -> None:
+        if self.opened.done():
+            return
+        if error is None:
+            self.opened.set_result(None)
+        else:
+            self.opened.set_exception(error)
 
 
 def _cause(error: BaseException) -> str:
