@@ -10,7 +10,7 @@ ARG BASE=python:3.11-slim-bookworm
 
 # What is to be installed, alone in a stage, so that only a change of this list installs it anew.
 FROM ${BASE} AS requirements
-ARG EXTRAS="docker kubernetes mongodb mqtt"
+ARG EXTRAS="cloud docker kubernetes mongodb mqtt oidc tls"
 COPY setup.cfg /
 RUN python3 -c "import configparser, sys; \
 setup = configparser.ConfigParser(); setup.read('/setup.cfg'); \
