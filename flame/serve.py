@@ -16,7 +16,6 @@ import ipaddress
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from flame.apiserver.app import Api
     from flame.artifacts import Artifacts
     from flame.controller.controller import Controller
+    from flame.store import ServerLock
 
 log = logging.getLogger("flame.serve")
 
@@ -55,6 +55,8 @@ class ServeSettings:
     :ivar data_dir: the data directory.
     :ivar db: where the state is; None: ``flame.db`` in the data directory.
     :ivar artifacts: the URL of the bucket or folder where models, checkpoints, code and past logs are kept; None: the data directory.
+    :ivar standby: where another server works on the database, wait and take over when it ends or falls silent.
+    :ivar takeover: seconds from the last word of a silent server until a standby works in its stead.
     :ivar token: what users must show.
     :ivar slots: how many workers may be there at once; None: eight a core.
     :ivar lease: seconds of silence after which a worker counts as lost.
@@ -74,6 +76,8 @@ class ServeSettings:
     data_dir: Path = field(default_factory=lambda: Path("~/.flame/data").expanduser())
     db: str | None = None
     artifacts: str | None = None
+    standby: bool = False
+    takeover: float = 20.0
     token: str | None = None
     slots: int | None = None
     lease: float = 20.0
@@ -104,7 +108,15 @@ def run_server(settings: ServeSettings) -> int:
 async def _serve(settings: ServeSettings, data_dir: Path) -> int:
     stopping = asyncio.Event()
     _on_signals(stopping)
-    async with serve(settings, data_dir) as server:
+    async with contextlib.AsyncExitStack() as stack:
+        # A standby may wait for days, and is told to end meanwhile like any other server.
+        entering = asyncio.ensure_future(stack.enter_async_context(serve(settings, data_dir)))
+        await _first(asyncio.wait([entering]), stopping.wait())
+        if not entering.done():
+            entering.cancel()
+            await asyncio.wait([entering])
+            return 0
+        server = await entering
         if settings.private:
             _say(json.dumps({"url": server.url, "pid": os.getpid()}))
             await _first(stopping.wait(), _unneeded(server, stopping))
@@ -114,7 +126,9 @@ async def _serve(settings: ServeSettings, data_dir: Path) -> int:
             await server.api.sessions.stop_all()
             await server.controller.stop_all()
         else:
-            await stopping.wait()
+            await _first(stopping.wait(), server.lost())
+            if not stopping.is_set():
+                raise StoreError("Another server has taken over the database; this one ends. Its workers go on.")
             left = server.controller.used
             log.info("the server ends%s", f"; {left} workers go on, and the next server finds them" if left else "")
     return 0
@@ -127,11 +141,17 @@ class Server:
     :ivar url: its address.
     :ivar controller: its jobs.
     :ivar api: what answers.
+    :ivar lock: of a database that other servers can reach.
     """
 
     url: str
     controller: Controller
     api: Api
+    lock: ServerLock | None = None
+
+    async def lost(self) -> None:
+        """Wait until another server has taken over."""
+        await (self.lock.lost if self.lock is not None else asyncio.Event()).wait()
 
 
 @contextlib.asynccontextmanager
@@ -151,19 +171,27 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     from flame.artifacts import open_artifacts
     from flame.controller.context import Options
     from flame.controller.controller import Controller
-    from flame.controller.keys import Keys
+    from flame.controller.identity import identify, kept
     from flame.notifier import Notifier
     from flame.runners import Runner, make_runner
     from flame.sessions.manager import Manager
     from flame.spec.nouns import Broker
     from flame.spec.records import ComputeRecord
-    from flame.store import DEFAULT_URL, open_store
+    from flame.store import DEFAULT_URL, open_store, take_lock
 
-    identity = _identity(data_dir)
-    keys = Keys.load(data_dir / "secret")
-    store = open_store(settings.db or DEFAULT_URL, data_dir)
+    database = settings.db or DEFAULT_URL
     async with contextlib.AsyncExitStack() as stack:
+        store = open_store(database, data_dir)
+        try:
+            place = kept(data_dir, "place")
+            lock = await take_lock(database, store, place=place, takeover=settings.takeover, wait=settings.standby)
+        except BaseException:
+            await store.close()
+            raise
+        if lock is not None:  # closed last: the next server begins as soon as it is
+            stack.push_async_callback(lock.close)
         stack.push_async_callback(store.close)
+        who = await identify(data_dir, store if lock is not None else None)
         artifacts = open_artifacts(settings.artifacts, data_dir)
         stack.push_async_callback(artifacts.close)
         await artifacts.check()
@@ -191,10 +219,10 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             config = dict(compute.config)
             if compute.kind == "local":
                 config["environment"] = {**environment, **config.get("environment", {})}
-            instance = f"{identity}-{hashlib.sha256(compute.name.encode()).hexdigest()[:8]}"  # two may be one machine
+            instance = f"{who.id}-{hashlib.sha256(compute.name.encode()).hexdigest()[:8]}"  # two may be one machine
             return make_runner(compute.kind, config, instance=instance, data_dir=data_dir)
 
-        controller = Controller(store, notifier, make, keys, options, artifacts=artifacts)
+        controller = Controller(store, notifier, make, who.keys, options, artifacts=artifacts)
         manager = Manager(controller)
         stack.push_async_callback(controller.close)
         await controller.accounts.open()
@@ -212,7 +240,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         stack.callback(audit.close)
         stack.push_async_callback(manager.close)
         await manager.open()
-        api = Api(controller, guard, identity, audit, manager)
+        api = Api(controller, guard, who.id, audit, manager)
         web_runner = web.AppRunner(
             api.application(),
             access_log=None,
@@ -235,7 +263,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         _write_atomically(data_dir / "server.json", json.dumps({"url": url, "pid": os.getpid()}))
         stack.callback((data_dir / "server.json").unlink, missing_ok=True)
         log.info("listening on %s (data in %s)", url, data_dir)
-        yield Server(url, controller, api)
+        yield Server(url, controller, api, lock)
 
 
 # ------------------------------------------------------------------------------------------- small pieces
@@ -328,17 +356,6 @@ def _registry(data_dir: Path, artifacts: Artifacts) -> Any:
         place = f"{artifacts.url}/mlflow" if artifacts.apart else ""
         return Registry(sort="mlflow", uri=f"sqlite:///{data_dir / 'mlflow.db'}", artifacts=place)
     return Registry(sort="local", uri=str(data_dir / "registry"))
-
-
-def _identity(data_dir: Path) -> str:
-    """The server's id: made once, kept in the data directory."""
-    path = data_dir / "id"
-    try:
-        if not path.exists():
-            _write_atomically(path, secrets.token_hex(8))
-        return path.read_text().strip()
-    except OSError as error:
-        raise StoreError(f"The data directory {data_dir} cannot be written: {error.strerror}.") from error
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -42,6 +42,18 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Where models, checkpoints, code and past logs are kept, such as s3://bucket/prefix; else in the data directory.",
 )
 @click.option(
+    "--standby",
+    is_flag=True,
+    help="If another server works on the database, wait, and take over when it ends or falls silent.",
+)
+@click.option(
+    "--takeover",
+    type=click.FloatRange(min=2),
+    default=20.0,
+    show_default=True,
+    help="Seconds until a standby has taken over from a silent server; the same for all servers of a database.",
+)
+@click.option(
     "--token",
     envvar="FLAME_TOKEN",
     help="What users must show; better given as FLAME_TOKEN, which no process list shows.",
@@ -155,6 +167,8 @@ def serve(
     data_dir: Path | None,
     db: str | None,
     artifacts: str | None,
+    standby: bool,
+    takeover: float,
     token: str | None,
     slots: int | None,
     lease: float,
@@ -206,6 +220,8 @@ def serve(
             db=db,
             artifacts=artifacts,
             token=_token(token, token_file),
+            standby=standby,
+            takeover=takeover,
             slots=slots,
             lease=lease,
             tls=ServerTls(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from flame.errors import UsageError
 from flame.store.base import Document, Store
+from flame.store.lock import ServerLock
 
-__all__ = ["DEFAULT_URL", "Document", "Store", "open_store"]
+__all__ = ["DEFAULT_URL", "Document", "ServerLock", "Store", "open_store", "take_lock"]
 
 #: The database of a server that was told nothing else: a file in its data directory.
 DEFAULT_URL = "sqlite:///flame.db"
@@ -41,3 +42,31 @@ def open_store(url: str, data_dir: Path) -> Store:
 
         return MongoStore(url)
     raise UsageError(f"The database {url!r} is of no known kind; 'sqlite:///PATH' and 'mongodb://HOST/DATABASE' are.")
+
+
+async def take_lock(url: str, store: Store, *, place: str, takeover: float, wait: bool) -> ServerLock | None:
+    """Become the only server of a database that several can reach; None for one that lies in the data directory.
+
+    From then on the store refuses to write as soon as another server has taken over.
+
+    :param url: of the database, as for :func:`open_store`.
+    :param store: what is to be guarded.
+    :param place: names our data directory, whose own lock we hold.
+    :param takeover: see :class:`flame.store.lock.ServerLock`.
+    :param wait: wait as a standby while another server works.
+    :raises flame.errors.Conflict: another server works on the database, and we do not wait.
+    :raises flame.errors.StoreError: the database fails.
+    """
+    if not url.startswith("mongodb"):
+        return None
+    from flame.store.mongodb import MongoStore
+
+    assert isinstance(store, MongoStore)
+    lock = ServerLock(MongoStore(url), place, takeover)
+    try:
+        await lock.take(wait=wait)
+    except BaseException:
+        await lock.close()
+        raise
+    store.guard(lock.hold)
+    return lock

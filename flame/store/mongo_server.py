@@ -63,6 +63,8 @@ class MongoServer:
         self._url = url
         # Ours unless the URL says otherwise: a write is there when it survives the end of the database's process.
         wanted: Fields = {"w": "majority", "journal": True, "maxPoolSize": 32, "socketTimeoutMS": 30_000}
+        # What the driver would send again by itself might arrive long after another server has taken over; we try again.
+        wanted["retryWrites"] = False
         self._options: Fields = {
             name: value for name, value in wanted.items() if name.lower() not in map(str.lower, options)
         }
@@ -71,6 +73,8 @@ class MongoServer:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._closed = False
         self.by_id_alone = False
+        #: Asked before every try of an operation whether this process may still write; see :mod:`flame.store.lock`.
+        self.guard: Callable[[], Awaitable[None]] | None = None
 
     def turn(self, name: str) -> asyncio.Lock:
         """The lock of that name in this process; it exists while somebody uses it."""
@@ -104,6 +108,8 @@ class MongoServer:
         deadline = time.monotonic() + patience
         again = False
         while True:
+            if self.guard is not None:
+                await self.guard()
             try:
                 return await operation(again)
             except errors.ConnectionFailure as error:
@@ -184,7 +190,7 @@ class MongoServer:
 
     async def _open(self) -> AsyncMongoClient[Fields]:
         client: AsyncMongoClient[Fields] = AsyncMongoClient(
-            self._url, serverSelectionTimeoutMS=2000, connectTimeoutMS=5000, appname="flame", **self._options
+            self._url, serverSelectionTimeoutMS=2000, connectTimeoutMS=2000, appname="flame", **self._options
         )
         try:
             info = await self.patiently(lambda _: client.server_info(), patience=_FIRST_PATIENCE)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -47,6 +47,10 @@ class MongoStore(Store):
         self._streams = MongoStreams(self._server)
         self._journals = MongoJournals(self._server)
         self._indexed: set[str] = set()
+
+    def guard(self, check: Callable[[], Awaitable[None]]) -> None:
+        """Ask ``check`` before every operation, at each try, whether this process may still write."""
+        self._server.guard = check
 
     async def insert(self, collection: str, id: str, body: dict[str, Any], *, keys: Sequence[str] = ()) -> Document:
         """See the base class."""
