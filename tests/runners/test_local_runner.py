@@ -13,8 +13,11 @@ import psutil
 import pytest
 
 from flame.errors import RunnerError, SpecError, UsageError
-from flame.runners import WorkerExit, WorkerInfo, WorkerSpec, make_runner, processes, runner_for
+from flame.runners import WorkerExit, WorkerInfo, WorkerSpec, local, make_runner, processes, runner_for
+from flame.runners.cgroups import Group, Limits, group_of, host_limits, make_group
+from flame.runners.host import SLOTS_PER_CORE
 from flame.runners.local import LocalConfig, LocalRunner
+from flame.spec.nouns import Resources
 
 # Stands for the flamelet: does what BEHAVIOUR says, and tells that it runs by a file in its working directory.
 WORKER = textwrap.dedent(
@@ -36,6 +39,8 @@ WORKER = textwrap.dedent(
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     ready.with_suffix(".part").write_text(str(os.getpid()))
     ready.with_suffix(".part").rename(ready)
+    if "eat" in behaviour:
+        eaten = [bytearray(b"x" * (1 << 20)) for _ in range(200)]
     if "exit" in behaviour:
         sys.exit(int(behaviour.split("=")[1]))
     if "sig" in behaviour:
@@ -347,9 +352,18 @@ async def test_a_closed_runner_lets_its_workers_go_on(harness: Harness) -> None:
     assert list(await again.list()) == [worker]
 
 
-async def test_capacity_is_what_was_configured(tmp_path: Path) -> None:
+async def test_capacity_is_what_was_configured_and_what_the_host_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert (await (await Harness(tmp_path, slots=3).open()).capacity()).slots == 3
-    assert (await (await Harness(tmp_path).open()).capacity()).slots is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    there = await (await Harness(tmp_path).open()).capacity()
+    assert there.cpu is not None
+    assert there.slots == SLOTS_PER_CORE * max(1, round(there.cpu))
+    assert 0 < there.cpu <= (os.cpu_count() or 1)
+    assert there.memory is not None
+    assert 0 < there.memory <= psutil.virtual_memory().total
+    assert there.gpu == 2
 
 
 def test_a_kind_is_found_by_its_name_and_its_configuration_checked(tmp_path: Path) -> None:
@@ -361,3 +375,127 @@ def test_a_kind_is_found_by_its_name_and_its_configuration_checked(tmp_path: Pat
     with pytest.raises(SpecError, match="slot"):
         make_runner("local", {"slot": 1}, instance="i", data_dir=tmp_path)
     assert LocalConfig().python is None
+
+
+def groups_can_be_made() -> bool:
+    """Whether this process may make control groups with a memory limit."""
+    try:
+        make_group(f"probe-{uuid.uuid4().hex}", Limits(memory=1 << 26)).remove()
+    except OSError:
+        return False
+    return True
+
+
+GROUPED = pytest.mark.skipif(not groups_can_be_made(), reason="control groups cannot be made here")
+
+
+@GROUPED
+async def test_a_worker_that_eats_too_much_is_killed_and_its_end_names_the_cause(harness: Harness) -> None:
+    runner = await harness.open()
+    spec = harness.spec("a", "eat")._replace(resources=Resources(memory="64Mi"))
+    worker = await runner.start(spec)
+    group = group_of(int(worker.handle))
+    assert group is not None
+    assert group.memory == 64 << 20
+    await eventually(lambda: bool(harness.exits))
+    assert harness.exits[0][1] == WorkerExit(None, "SIGKILL", "Its worker was out of memory, of which it may use 64Mi.")
+    with pytest.raises(OSError, match=r"cgroup\.procs"):
+        group.take(os.getpid())
+
+
+@GROUPED
+async def test_a_restarted_runner_finds_a_workers_group_again(harness: Harness) -> None:
+    first = await harness.open()
+    spec = harness.spec("a")._replace(resources=Resources(cpu=0.5, memory="64Mi"))
+    worker = await first.start(spec)
+    await harness.ready(worker)
+    assert "flame-" in Path(f"/proc/{worker.handle}/cgroup").read_text()
+    await first.close()
+    second = await harness.open()
+    assert [found.task for found in await second.list()] == ["a"]
+    group = group_of(int(worker.handle))
+    assert group is not None
+    await second.end(worker)
+    with pytest.raises(OSError, match=r"cgroup\.procs"):
+        group.take(os.getpid())
+
+
+async def test_without_groups_each_process_of_a_worker_is_limited(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Group:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(local, "make_group", refuse)
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a", "eat")._replace(resources=Resources(memory="64Mi")))
+    await eventually(lambda: bool(harness.exits))
+    assert harness.exits[0][1].exit_code == 1
+    assert b"MemoryError" in b"".join([piece async for piece in runner.logs(worker)])
+
+
+async def test_no_worker_leaves_a_core(harness: Harness) -> None:
+    runner = await harness.open()
+    worker = await runner.start(harness.spec("a"))
+    await harness.ready(worker)
+    limits = Path(f"/proc/{worker.handle}/limits").read_text().splitlines()
+    core = next(line for line in limits if line.startswith("Max core file size"))
+    assert core.split()[4:6] == ["0", "0"]
+
+
+async def test_each_worker_has_gpus_of_its_own_also_after_a_restart(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    first = await harness.open()
+
+    def wants(task: str, gpu: int) -> WorkerSpec:
+        return harness.spec(task)._replace(resources=Resources(gpu=gpu, cpu=1.5))
+
+    def given(worker: WorkerInfo) -> dict[str, str]:
+        return psutil.Process(int(worker.handle)).environ()
+
+    a, b = await asyncio.gather(first.start(wants("a", 1)), first.start(wants("b", 1)))
+    await harness.ready(a, b)
+    assert {given(a)["CUDA_VISIBLE_DEVICES"], given(b)["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
+    assert given(a)["OMP_NUM_THREADS"] == "2"
+    await first.close()
+    second = await harness.open()
+    c = await second.start(wants("c", 1))
+    await harness.ready(c)
+    assert given(c)["CUDA_VISIBLE_DEVICES"] == "2"
+    with pytest.raises(RunnerError, match="needs 2 GPUs, and 0 of this host are free"):
+        await second.start(wants("d", 2))
+    await second.end(a)
+    freed = await second.start(wants("e", 1))
+    await harness.ready(freed)
+    assert given(freed)["CUDA_VISIBLE_DEVICES"] not in {given(b)["CUDA_VISIBLE_DEVICES"], "2"}
+
+
+def test_groups_of_version_2_are_made_where_the_server_is(tmp_path: Path) -> None:
+    # The files are those of the kernel's version 2; their contents are what the kernel would make of ours.
+    mine = tmp_path / "user.slice" / "flame.service"
+    mine.mkdir(parents=True)
+    for folder in (tmp_path, mine):
+        (folder / "cgroup.controllers").write_text("cpu memory pids\n")
+        (folder / "cgroup.subtree_control").write_text("cpu memory\n")
+    (tmp_path / "user.slice" / "memory.max").write_text("max\n")
+    (mine / "memory.max").write_text("1073741824\n")
+    (mine / "cpu.max").write_text("150000 100000\n")
+    own = tmp_path / "own"
+    own.write_text("0::/user.slice/flame.service\n")
+    assert host_limits(groups=tmp_path, own=own) == Limits(1.5, 1 << 30)
+    folder = mine / "flame-x"
+    folder.mkdir()
+    (folder / "cgroup.controllers").write_text("cpu memory\n")
+    (folder / "memory.swap.max").write_text("max\n")
+    group = make_group("x", Limits(0.5, 1 << 26), groups=tmp_path, own=own)
+    assert (folder / "memory.max").read_text() == "67108864"
+    assert (folder / "memory.swap.max").read_text() == "0"
+    assert (folder / "cpu.max").read_text() == "50000 100000"
+    (folder / "memory.events").write_text("low 0\noom 1\noom_kill 2\n")
+    assert (group.kills, group.memory) == (2, 1 << 26)
+    group.take(42)
+    assert (folder / "cgroup.procs").read_text() == "42"
+    own.write_text("0::/nowhere\n")
+    assert host_limits(groups=tmp_path, own=own) == Limits()
