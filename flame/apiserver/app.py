@@ -11,7 +11,6 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -88,13 +87,17 @@ class Api:
         self.audit = audit or Audit(None)
         self.attachments = Attachments()
         self.requests: Counter[int] = Counter()
+        self._documents: dict[bool, dict[str, Any]] = {}
 
-    @cached_property
+    @property
     def document(self) -> dict[str, Any]:
-        """The OpenAPI document; made when somebody asks for it."""
-        from flame.apiserver.openapi import describe
+        """The OpenAPI document; made when somebody asks for it. It says whether users need a token here."""
+        trusting = self.guard.trusting
+        if trusting not in self._documents:
+            from flame.apiserver.openapi import describe
 
-        return describe(ROUTES)
+            self._documents[trusting] = describe(ROUTES, trusting=trusting)
+        return self._documents[trusting]
 
     def application(self) -> web.Application:
         """The application for aiohttp's runner."""

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from flame.apiserver.routes import Access, Call, NoQuery, Route
-from flame.errors import NotFound, SpecError, UsageError
+from flame.errors import NotFound, SpecError
 from flame.spec.bundle import MAX_PACKED
 
 
@@ -20,7 +20,7 @@ async def put(call: Call[Any, NoQuery]) -> None:
         if len(data) > MAX_PACKED:
             raise SpecError(f"the bundle is larger than the {MAX_PACKED >> 20} MiB that are allowed.")
     if not data:
-        raise UsageError("The request has no body; send the zip file's bytes.")
+        raise SpecError("the request has no body; send the bytes of a zip file.")
     await call.api.controller.catalog.put_bundle(digest, bytes(data))
 
 

@@ -217,6 +217,6 @@ ROUTES = [
         answer=bytes,
         content="application/octet-stream",
         stream=True,
-        refusals=(404,),
+        refusals=(404, 422),
     ),
 ]

@@ -20,15 +20,18 @@ _TEXTS = {
     404: "There is no such thing.",
     409: "The state does not allow it.",
     413: "The body is too large.",
-    422: "Something in the body cannot be.",
+    422: "The request has the right form, and something in it cannot be; the sentence says what.",
     429: "Too many wrong tokens came from this address; Retry-After says for how long to wait.",
     500: "The server has failed.",
     503: "The identity provider does not answer, so a token of it cannot be checked.",
 }
 
 
-def describe(routes: Iterable[Route]) -> dict[str, Any]:
-    """The document (OpenAPI 3.1) of a table of routes."""
+def describe(routes: Iterable[Route], *, trusting: bool = False) -> dict[str, Any]:
+    """The document (OpenAPI 3.1) of a table of routes.
+
+    :param trusting: nobody has to say who they are.
+    """
     routes = list(routes)
     types = [t for route in routes for t in (route.body, route.answer) if t not in (None, bytes)]
     queries = [route.query for route in routes if route.query is not NoQuery]
@@ -37,7 +40,7 @@ def describe(routes: Iterable[Route]) -> dict[str, Any]:
     shown = dict(zip((repr(t) for t in every), schemas, strict=True))
     paths: dict[str, Any] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, shown, components)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, shown, components, trusting)
     for query in queries:
         components.pop(query.__name__, None)
     return {
@@ -59,7 +62,7 @@ def describe(routes: Iterable[Route]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, shown: dict[str, Any], components: dict[str, Any]) -> dict[str, Any]:
+def _operation(route: Route, shown: dict[str, Any], components: dict[str, Any], trusting: bool) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": f"{route.method.lower()}_{re.sub(r'[^a-z0-9]+', '_', route.path.lower()).strip('_')}",
         "summary": route.summary,
@@ -72,7 +75,7 @@ def _operation(route: Route, shown: dict[str, Any], components: dict[str, Any]) 
     elif route.access is Access.OPEN:
         operation["security"] = []
     else:
-        operation["security"] = [{"user": []}, {}]
+        operation["security"] = [{"user": []}, {}] if trusting else [{"user": []}]
         operation["description"] = f"For {route.access.value}."
     if route.body is bytes:
         content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
