@@ -40,7 +40,13 @@ _ENDLESS = ("/v1/attach",)
 #: Would end what the fuzzer needs: its own user, token and task.
 _SAWING = ("/v1/users/{name}", "/v1/tokens/{id}")
 #: 422 is Flame's answer to what has the right form and cannot be all the same, such as a job of a design that is not there.
+#: A new design has neither schema nor code, so there is nothing at their addresses yet.
 _CONFIG = """
+[[operations]]
+include-path = ["/v1/designs/{id}/schema", "/v1/designs/{id}/code"]
+[operations.checks.ensure_resource_availability]
+enabled = false
+
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", 401, 403, 404, 409, 422, 429]
 """
