@@ -37,6 +37,7 @@ from flame.apiserver.permissions import Access, check_role, check_scope
 from flame.apiserver.routes import Call, Route
 from flame.apiserver.scopes import SCOPES
 from flame.apiserver.server import Attachments
+from flame.apiserver.workers import AttemptQuery
 from flame.controller.controller import Controller
 from flame.errors import FlameError, NotFound, ServerError, Unauthorized, UsageError
 from flame.sessions.manager import Manager
@@ -119,6 +120,8 @@ class Api:
             asking.append(principal)
             await permit(request, principal)
             query = ask(request)
+            if isinstance(query, AttemptQuery) and route.access is Access.WORKER:  # nothing of a stranger's is read
+                self.controller.check_key(request.match_info["id"], query.attempt, bearer(request))
             body = await read(request) if read is not None else None
             result = await route.handler(Call(self, request, body, query, principal))
             if isinstance(result, web.StreamResponse):

@@ -57,6 +57,7 @@ def describe(routes: Iterable[Route], *, trusting: bool = False) -> dict[str, An
             "securitySchemes": {
                 "user": {"type": "http", "scheme": "bearer", "description": "A user's token, where there are users."},
                 "worker": {"type": "http", "scheme": "bearer", "description": "The key of one attempt of one task."},
+                "invite": {"type": "http", "scheme": "bearer", "description": "The token of an invite to a job."},
             },
         },
     }
@@ -72,6 +73,8 @@ def _operation(route: Route, shown: dict[str, Any], components: dict[str, Any], 
     }
     if route.access is Access.WORKER:
         operation["security"] = [{"worker": []}]
+    elif route.access is Access.INVITED:
+        operation["security"] = [{"invite": []}]
     elif route.access is Access.OPEN:
         operation["security"] = []
     else:

@@ -341,16 +341,23 @@ class Controller:
 
     # ----------------------------------------------------------------------------------------------- workers
 
+    def check_key(self, task: str, attempt: int, key: str | None) -> None:
+        """Refuse whoever has not the key of this attempt.
+
+        :raises flame.errors.Unauthorized: there is no key, or not the one of this attempt.
+        """
+        if key is None:
+            raise Unauthorized("This is for workers only: it needs the task's key.")
+        if not self.context.keys.opens(key, task, attempt):
+            raise Unauthorized(f"This is not the key of attempt {attempt} of task {task}.")
+
     def enter(self, task: str, attempt: int, key: str | None) -> Supervisor:
         """Let a worker in: check its key, renew its lease.
 
         :raises flame.errors.Unauthorized: there is no key, or not the one of this attempt.
         :raises flame.errors.Forbidden: the attempt is over.
         """
-        if key is None:
-            raise Unauthorized("This is for workers only: it needs the task's key.")
-        if not self.context.keys.opens(key, task, attempt):
-            raise Unauthorized(f"This is not the key of attempt {attempt} of task {task}.")
+        self.check_key(task, attempt, key)
         supervisor = self._of_task.get(task)
         if supervisor is None:
             raise Forbidden(f"Attempt {attempt} of task {task} is over: its job has ended.")
