@@ -21,6 +21,8 @@ from flame.spec.sessions import Counts, ExecutorState, SessionForm, SessionState
 MOST_LOST = 5
 #: How often ``on_session_enter`` may fail before a session gets no executors any more.
 MOST_FAILED_BINDS = 5
+#: How often in a row executors may die before they are bound: that can be the application's fault, or anybody's.
+MOST_DEATHS = 20
 
 _STATES = {wire.SUCCEED: WorkState.SUCCEED, wire.FAILED: WorkState.FAILED, wire.WAS_CANCELLED: WorkState.CANCELLED}
 

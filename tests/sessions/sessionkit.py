@@ -90,3 +90,8 @@ class Sums:
 
     def on_task_invoke(self, ctx: Any, task: Any) -> Any:
         return {"sum": self.base + task.input["more"], "writeable": bool(self.base.flags.writeable)}
+
+
+def slow_square(x: int) -> int:
+    time.sleep(0.001)
+    return x * x

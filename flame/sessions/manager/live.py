@@ -35,7 +35,8 @@ class Live:
     :ivar app: what its application is known by, over all sessions.
     :ivar files: its application's code.
     :ivar each: about how long a task takes, in seconds; None while that is not known.
-    :ivar failed: how often executors could not be started or bound since the last time that it went well.
+    :ivar failed: how often executors could not be started or bound since the last time that it went well; ``died``: how often
+        they died on the way.
     :ivar closing: it takes no tasks any more.
     """
 
@@ -52,7 +53,7 @@ class Live:
         self.members: dict[str, Member] = {}
         self.executors: dict[str, Executor] = {}
         self.each: float | None = None
-        self.failed = 0
+        self.failed = self.died = 0
         self.reason: str | None = record.reason
         self.closing = False
         self.common = record.form.common

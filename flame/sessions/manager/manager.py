@@ -22,7 +22,7 @@ from flame.controller.shelf import Saved, Shelf
 from flame.errors import Conflict, FlameError, Forbidden, NotFound, RunnerError, SpecError, Unauthorized
 from flame.runners.base import WorkerExit, WorkerInfo, WorkerSpec
 from flame.sessions import wire
-from flame.sessions.lifecycle import MOST_FAILED_BINDS, End, Options, check_close, check_same
+from flame.sessions.lifecycle import MOST_DEATHS, MOST_FAILED_BINDS, End, Options, check_close, check_same
 from flame.sessions.link import Link
 from flame.sessions.manager import journal
 from flame.sessions.manager.apps import Apps, Sees
@@ -372,7 +372,7 @@ class Manager:
         elif kind == wire.BOUND:
             if executor.state is ExecutorState.BINDING and live is not None and live.id == message[1]:
                 executor.state = ExecutorState.BOUND
-                live.failed = 0
+                live.failed = live.died = 0
                 self._serve(live)
         elif kind == wire.BIND_FAILED:
             self._bind_failed(executor, message[1], message[2])
@@ -631,15 +631,17 @@ class Manager:
         self._failed_to_start(executor, f"on_session_enter failed: {why.type}: {why.message}")
         self._lose(executor, "It could not be bound.")
 
-    def _failed_to_start(self, executor: Executor, why: str) -> None:
+    def _failed_to_start(self, executor: Executor, why: str, *, died: bool = False) -> None:
         """Something is wrong with a session's executors; several times in a row, and it gets none any more."""
         live = executor.live
         if live is None:
             return
-        live.failed += 1
+        live.failed += not died
+        live.died += died
         log.warning("session %s: %s", live.id, why)
-        if live.failed >= MOST_FAILED_BINDS and live.reason is None:
-            live.reason = f"{why} (That was {live.failed} times in a row, so the session gets no executors any more.)"
+        times = live.died if died else live.failed
+        if times >= (MOST_DEATHS if died else MOST_FAILED_BINDS) and live.reason is None:
+            live.reason = f"{why} (That was {times} times in a row, so the session gets no executors any more.)"
             live.saved.record.reason = live.reason
             self.context.background.spawn(self._sessions.put(live.saved, live.saved.record))
             self._ended(live, live.book.fail_all(_failure("SessionFailed", live.reason)))
@@ -786,7 +788,8 @@ class Manager:
         )
         log.info("executor %s is gone: %s", executor.id, cause)
         if executor.state in (ExecutorState.STARTING, ExecutorState.BINDING) and not executor.leaving:
-            self._failed_to_start(executor, f"An executor ended before it served a task. {cause}")
+            killed = how.signal is not None
+            self._failed_to_start(executor, f"An executor ended before it served a task. {cause}", died=killed)
         self._lose(executor, cause)
 
     def freed(self) -> None:
