@@ -1,8 +1,8 @@
 """HTTP to one Flame server: calls that answer with JSON, and streams that stay open.
 
-A thin layer on aiohttp that knows what is Flame's own: the JSON forms, the errors, the bearer token, and what a silence
-means. aiohttp repeats an idempotent request itself when a kept connection turned out to be closed before it was
-answered; nothing else is repeated here. Who may repeat more, does so: see :mod:`flame.client.follow`.
+It knows what is Flame's own: the JSON forms, the errors, the bearer token, and what a silence means; how requests and answers travel
+is said in :mod:`flame.client.wire`. An idempotent request is repeated there when a kept connection turned out to be closed before it was
+answered; nothing else is repeated. Who may repeat more, does so: see :mod:`flame.client.follow`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import IO, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
-import aiohttp
 import msgspec
-from yarl import URL
 
 from flame import errors
+from flame.client import wire
 from flame.client.tls import Tls
 from flame.errors import ServerError, ServerUnreachable, UsageError
 
@@ -32,7 +32,6 @@ ANSWER_TIMEOUT = 60.0
 #: The longest silence within an answer, in seconds; in a stream the server sends an empty line every 10 s.
 IDLE_TIMEOUT = 30.0
 
-_READ = 256 * 1024
 _SLOWEST_UPLOAD = 100_000  # bytes a second
 _ERRORS = {
     cls.__name__: cls
@@ -57,9 +56,9 @@ class Answer:
     :ivar headers: the headers, names in lower case.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: wire.Response) -> None:
         self.status = response.status
-        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self.headers = response.headers
         self._response = response
 
     async def chunks(self, *, idle: float = IDLE_TIMEOUT) -> AsyncIterator[bytes]:
@@ -68,15 +67,14 @@ class Answer:
         :param idle: the longest silence, in seconds.
         :raises flame.errors.ServerUnreachable: the connection broke, or was silent for too long.
         """
-        content = self._response.content
         try:
             while True:
                 async with asyncio.timeout(idle):
-                    piece = await content.readany()
+                    piece = await self._response.piece()
                 if not piece:
                     return
                 yield piece
-        except (OSError, TimeoutError, aiohttp.ClientError) as error:
+        except (TimeoutError, wire.Broken) as error:
             raise ServerUnreachable(
                 f"The connection to the server was lost in the middle of an answer ({_why(error)})."
             ) from error
@@ -119,7 +117,8 @@ class Session:
         #: The project in which new things are made; None leaves it to the server.
         self.project: str | None = None
         self._tls = (tls or Tls.read()) if parts.scheme == "https" else None
-        self._http: aiohttp.ClientSession | None = None
+        self._parts = parts
+        self._wire: wire.Wire | None = None
 
     async def __aenter__(self) -> Session:
         return self
@@ -129,9 +128,9 @@ class Session:
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._http is not None:
-            await self._http.close()
-            self._http = None
+        if self._wire is not None:
+            await self._wire.close()
+            self._wire = None
 
     async def call(
         self,
@@ -191,8 +190,7 @@ class Session:
                 raise _refusal(self.server, f"{method} {path}", answer.status, await answer.read())
             yield answer
         finally:
-            # Gives the connection back where the body was read to its end, and closes it where it was not.
-            response.release() if response.content.at_eof() else response.close()
+            await response.close()
 
     async def _request(  # noqa: PLR0917
         self,
@@ -202,53 +200,62 @@ class Session:
         headers: dict[str, str],
         data: bytes | IO[bytes] | None,
         limit: float,
-    ) -> aiohttp.ClientResponse:
+    ) -> wire.Response:
         """Send a request and wait for the head of its answer."""
         given = {name: str(value) for name, value in (query or {}).items() if value is not None}
-        url = URL(self.server + quote(path, safe="/:@!$&'()*+,;=-._~"), encoded=True)
-        if self._http is None:
-            # Streams stay open side by side, so connections are not limited; the timeouts are ours, see above.
-            self._http = aiohttp.ClientSession(
-                headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._tls.context() if self._tls is not None else True),
-                timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
+        target = quote(self._parts.path.rstrip("/") + path, safe="/:@!$&'()*+,;=-._~%") + (
+            f"?{urlencode(given)}" if given else ""
+        )
+        host = self._parts.hostname or ""
+        if self._wire is None:
+            tls = self._tls.context() if self._tls is not None else None
+            port = self._parts.port or (443 if tls else 80)
+            self._wire = wire.Wire(wire.Address(host, port, tls), CONNECT_TIMEOUT)
+        if data is None or (isinstance(data, bytes) and len(data) <= wire.READ):
+            body = wire.Body(data or b"")
+        else:
+            body = wire.Body(pieces=_Pieces(data))
         try:
             async with asyncio.timeout(limit):
-                return await self._http.request(
-                    method,
-                    url.with_query(given) if given else url,
-                    headers=headers,
-                    data=data if data is None or (isinstance(data, bytes) and len(data) <= _READ) else _pieces(data),
-                    allow_redirects=False,
+                return await self._wire.request(
+                    method, target, {"Host": self._parts.netloc.rpartition("@")[2], **self._headers, **headers}, body
                 )
-        except aiohttp.ClientConnectorCertificateError as error:
+        except wire.Unreachable as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, ssl.CertificateError):
+                raise ServerUnreachable(
+                    f"The server at {self.server} is not trusted ({_verdict(cause)}). Name the authority that vouches for it: "
+                    "FLAME_CA, or `flame config set ca FILE`."
+                ) from error
             raise ServerUnreachable(
-                f"The server at {self.server} is not trusted ({_verdict(error)}). Name the authority that vouches for it: "
-                "FLAME_CA, or `flame config set ca FILE`."
-            ) from error
-        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
-            raise ServerUnreachable(
-                f"No server answers at {self.server} ({_why(error)}). "
+                f"No server answers at {self.server} ({_why(cause)}). "
                 "Start one with `flame serve`, or name another with --server, FLAME_SERVER or `flame config set server URL`."
             ) from error
         except TimeoutError as error:
             raise ServerUnreachable(f"The server at {self.server} did not answer within {limit:.0f} s.") from error
-        except (OSError, aiohttp.ClientError) as error:
-            raise ServerUnreachable(
-                f"The connection to the server at {self.server} was lost ({_why(error)})."
-            ) from error
+        except wire.Broken as error:
+            raise ServerUnreachable(f"The connection to the server at {self.server} was lost ({error}).") from error
+
+
+class _Pieces(wire.Pieces):
+    """Bytes, or a file, that are sent in pieces."""
+
+    def __init__(self, data: bytes | IO[bytes]) -> None:
+        self._data = data
+
+    def __aiter__(self) -> AsyncIterator[bytes | memoryview]:
+        """From the beginning."""
+        return _pieces(self._data)
 
 
 async def _pieces(data: bytes | IO[bytes]) -> AsyncIterator[bytes | memoryview]:
     """Bytes in pieces; a file's from its beginning, read off the event loop."""
     if isinstance(data, bytes):
-        for start in range(0, len(data), _READ):
-            yield memoryview(data)[start : start + _READ]
+        for start in range(0, len(data), wire.READ):
+            yield memoryview(data)[start : start + wire.READ]
         return
     data.seek(0)
-    while piece := await asyncio.to_thread(data.read, _READ):
+    while piece := await asyncio.to_thread(data.read, wire.READ):
         yield piece
 
 
@@ -278,16 +285,13 @@ def _safe(token: str) -> str:
     return token
 
 
-def _verdict(error: aiohttp.ClientConnectorCertificateError) -> str:
-    cause = error.certificate_error
-    return str(getattr(cause, "verify_message", "") or cause).rstrip(".")
+def _verdict(error: ssl.CertificateError) -> str:
+    return str(getattr(error, "verify_message", "") or error).rstrip(".")
 
 
 def _why(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "it took too long"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        error = error.os_error
-    if isinstance(error, OSError) and error.errno:
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__

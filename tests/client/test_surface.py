@@ -26,8 +26,11 @@ def test_there_is_nothing_else() -> None:
     [
         ("flame.client", {"asyncio", "msgspec", "yaml", "aiohttp"}),
         ("flame.client.local", {"asyncio", "msgspec", "yaml", "aiohttp"}),
-        ("flame.client.client", {"yaml", "rich", "numpy", "click"}),
-        ("flame.flamelet.agent", {"yaml", "rich", "numpy", "click", "flame.client.client", "flame.spec.load"}),
+        ("flame.client.client", {"yaml", "rich", "numpy", "click", "aiohttp"}),
+        (
+            "flame.flamelet.agent",
+            {"aiohttp", "yaml", "rich", "numpy", "click", "flame.client.client", "flame.spec.load"},
+        ),
         ("flame.cli.main", {"asyncio", "msgspec", "yaml", "aiohttp", "rich", "flame.client"}),
         ("flame.cli.run", {"asyncio", "msgspec", "yaml", "aiohttp", "rich"}),
         ("flame.cli.running", {"rich", "numpy"}),
