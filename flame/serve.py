@@ -101,7 +101,7 @@ def run_server(settings: ServeSettings) -> int:
     _log_to_stderr(verbose=settings.verbose)
     _refuse_plain_http(settings)
     data_dir = settings.data_dir.expanduser().absolute()
-    with _locked(data_dir):
+    with locked(data_dir):
         return asyncio.run(_serve(settings, data_dir))
 
 
@@ -365,8 +365,8 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(data_dir: Path) -> Any:
-    """Hold the data directory.
+def locked(data_dir: Path) -> Any:
+    """Hold the data directory, as every process does that writes to it.
 
     :raises flame.errors.Conflict: another server holds it.
     """

@@ -23,6 +23,7 @@ _COMMANDS = {
     "project": ("flame.cli.project:project", "Projects keep teams' things apart."),
     "audit": ("flame.cli.audit:audit", "Who did what on a server, and what was refused."),
     "cert": ("flame.cli.cert:cert", "Certificates for a trial deployment with TLS."),
+    "db": ("flame.cli.db:db", "Move the state to another database."),
     "config": ("flame.cli.config:config", "Where the server is and who asks."),
     "version": ("flame.cli.main:version", "Print the version."),
 }

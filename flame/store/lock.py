@@ -29,7 +29,8 @@ from flame.store.base import Document, Store
 
 log = logging.getLogger("flame.store")
 
-_TERMS = "terms"
+#: The collection of the terms.
+TERMS = "terms"
 _SILENT, _MAY_WRITE = 0.5, 0.3  # of T
 
 
@@ -92,7 +93,7 @@ class ServerLock:
             begin = time.monotonic()
             number = int(present.id) + 1 if present else 1
             try:
-                term = await self._store.insert(_TERMS, f"{number:012}", {**self._about, "ended": False, "beats": 0})
+                term = await self._store.insert(TERMS, f"{number:012}", {**self._about, "ended": False, "beats": 0})
             except Conflict:
                 continue  # another one was faster
             self._term, self._until = term, begin + _MAY_WRITE * self._takeover
@@ -103,7 +104,7 @@ class ServerLock:
                     await asyncio.sleep((1 - _SILENT) * self._takeover)
                     await self.hold()
                 with contextlib.suppress(StoreError):
-                    await self._store.delete(_TERMS, present.id)
+                    await self._store.delete(TERMS, present.id)
             return
 
     async def hold(self) -> None:
@@ -153,14 +154,14 @@ class ServerLock:
     async def _change(self, **fields: Any) -> bool:
         assert self._term is not None
         changed = await self._store.replace(
-            _TERMS, self._term.id, {**self._term.body, **fields}, version=self._term.version
+            TERMS, self._term.id, {**self._term.body, **fields}, version=self._term.version
         )
         if changed is not None:
             self._term = changed
         return changed is not None
 
     async def _newest(self) -> Document | None:
-        found = await self._store.find(_TERMS, descending=True, limit=1)
+        found = await self._store.find(TERMS, descending=True, limit=1)
         return found[0] if found else None
 
     async def _changes(self, term: Document) -> Document | None:

@@ -22,6 +22,7 @@ import msgspec
 from flame.errors import Conflict, StoreError
 from flame.spec.records import Event
 from flame.store.base import Document, Kept, KeptBundle, KeptDocument, KeptEvents, KeptRecords, Store
+from flame.store.lock import TERMS
 from flame.store.mongo_journals import MongoJournals
 from flame.store.mongo_server import Collection, Fields, MongoServer, sign
 from flame.store.mongo_streams import MongoStreams
@@ -181,7 +182,7 @@ class MongoStore(Store):
     async def dump(self) -> AsyncIterator[Kept]:
         """See the base class."""
         for name in await self._server.names():
-            if not name.startswith(_DOCS):
+            if not name.startswith(_DOCS) or name == f"{_DOCS}{TERMS}":  # who serves is no state to take elsewhere
                 continue
             documents, after = await self._server.collection(name), ""
             while found := await self._server.patiently(lambda _: _page(documents, after)):  # noqa: B023 - called at once

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import os
 import zipfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,24 +58,37 @@ class _RecordLine(Record, kw_only=True):
     data: bytes
 
 
-async def copy(source: Store, target: Store) -> int:
+#: Told of each piece once it has been moved: for who shows how far it is.
+Told = Callable[[Kept], None]
+
+
+def _nobody(kept: Kept) -> None:
+    pass
+
+
+async def copy(source: Store, target: Store, told: Told = _nobody) -> int:
     """Copy everything of one store into another, which must be empty.
 
+    :param told: told of each piece.
     :returns: how many documents, pieces of streams and bundles that were.
     :raises flame.errors.Conflict: the target holds something already.
     """
-    return await _fill(target, source.dump())
+    return await _fill(target, source.dump(), told)
 
 
-async def export_to(store: Store, path: Path) -> int:
+async def export_to(store: Store, path: Path, told: Told = _nobody) -> int:
     """Write everything of a store to a file. The file is complete or absent: it appears under its name at the end.
 
+    It is readable by its owner alone, because the state holds hashes of tokens and what workers' keys are made of.
+
+    :param told: told of each piece.
     :returns: how many documents, pieces of streams and bundles that were.
     :raises flame.errors.StoreError: the store cannot be read, or the file cannot be written.
     """
     part = path.with_name(f"{path.name}.part")
     try:
-        count = await _write(store, part)
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        count = await _write(store, part, told)
         await asyncio.to_thread(_put_in_place, part, path)
     except OSError as error:
         raise StoreError(f"The export {path} cannot be written: {error.strerror or error}.") from error
@@ -84,27 +97,29 @@ async def export_to(store: Store, path: Path) -> int:
     return count
 
 
-async def import_from(store: Store, path: Path) -> int:
+async def import_from(store: Store, path: Path, told: Told = _nobody) -> int:
     """Read a file that :func:`export_to` wrote into a store, which must be empty.
 
+    :param told: told of each piece.
     :returns: how many documents, pieces of streams and bundles that were.
     :raises flame.errors.Conflict: the store holds something already.
     :raises flame.errors.SpecError: the file is no export, or is damaged.
     """
-    return await _fill(store, _read(path))
+    return await _fill(store, _read(path), told)
 
 
-async def _fill(target: Store, everything: AsyncIterator[Kept]) -> int:
+async def _fill(target: Store, everything: AsyncIterator[Kept], told: Told) -> int:
     async for _ in target.dump():
         raise Conflict("The database to fill is not empty. Choose a new one, also after an import that broke off.")
     count = 0
     async for kept in everything:
         await target.load(kept)
+        told(kept)
         count += 1
     return count
 
 
-async def _write(store: Store, part: Path) -> int:
+async def _write(store: Store, part: Path, told: Told) -> int:
     count = 0
     encode = msgspec.json.encode
     section: IO[bytes] | None = None
@@ -113,6 +128,7 @@ async def _write(store: Store, part: Path) -> int:
         opened = ""
         async for kept in store.dump():
             count += 1
+            told(kept)
             if isinstance(kept, KeptBundle):
                 stack.close()
                 digest = hashlib.sha256(kept.data).hexdigest()
