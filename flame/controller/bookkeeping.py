@@ -71,6 +71,8 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
         clock=job.running_at is not None,
         failure=job.failure,
         restart={role.name: job.form.restart.of(role.name) for role in job.form.schema.roles},
+        consumers=frozenset(consumers),
+        delivered=job.model is not None,
         pauses=job.form.on_failure == "pause",
     )
 

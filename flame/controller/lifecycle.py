@@ -140,6 +140,8 @@ class JobLife(msgspec.Struct, frozen=True):
     :ivar clock: the time limit is counting.
     :ivar restart: for each role, how lost workers are replaced; for one that is not in it, as nobody has said anything.
     :ivar pauses: a failure pauses the job.
+    :ivar consumers: the roles that consume data.
+    :ivar delivered: the job's model is there.
     """
 
     name: str
@@ -150,6 +152,8 @@ class JobLife(msgspec.Struct, frozen=True):
     failure: Failure | None = None
     restart: Mapping[str, Restart] = MappingProxyType({})
     pauses: bool = False
+    consumers: frozenset[str] = frozenset()
+    delivered: bool = False
 
 
 def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None, others: int | None = None) -> dict[str, int]:
@@ -237,6 +241,8 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
             if task.state is TaskState.READY and not task.brought:
                 job = _ask(job, task, actions)
     if job.state in (JobState.DEPLOYING, JobState.RUNNING):
+        for task in _superfluous(job):
+            job = _ran(job, replace(task, state=TaskState.COMPLETED), actions)
         for task in job.tasks.values():
             if task.state.ended:
                 job = _end(job, job.tasks[task.id], "its task has ended", actions, parting=True)
@@ -453,6 +459,25 @@ def _enter(job: JobLife, state: JobState, actions: list[Action]) -> JobLife:
 
 def _set(job: JobLife, task: TaskLife) -> JobLife:
     return replace(job, tasks={**job.tasks, task.id: task})
+
+
+def _superfluous(job: JobLife) -> list[TaskLife]:
+    """Workers that have taken another one's place and find that the others have done the work and are gone.
+
+    Who aggregates is done when the work is; where nobody does, the model must be there, and another one at the end.
+    """
+    others = [task for task in job.tasks.values() if task.role not in job.consumers]
+    done = any(task.state is TaskState.COMPLETED for task in job.tasks.values())
+    if not done or (not others and not job.delivered) or any(task.state is not TaskState.COMPLETED for task in others):
+        return []
+    return [
+        task
+        for task in job.tasks.values()
+        if task.role in job.consumers
+        and task.attempt > 1
+        and not task.state.ended
+        and task.state is not TaskState.READY
+    ]
 
 
 def _has_run(task: TaskLife) -> bool:

@@ -356,6 +356,7 @@ class Supervisor:
             case Model():
                 async with self._lock:
                     await self._ledger.keep_model(data)
+                    self._life = msgspec.structs.replace(self._life, delivered=True)
                     await self._ledger.publish([("model", msgspec.to_builtins(data))])
             case said.MessageData(message=message) if report.type == "warning":
                 async with self._lock:

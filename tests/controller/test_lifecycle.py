@@ -54,7 +54,15 @@ def new(
     roles = [("aggregator", False)] + [("trainer", True)] * trainers
     tasks = {f"t{i}": TaskLife(f"t{i}", role, brought=i > trainers - brought) for i, (role, _) in enumerate(roles)}
     each = {role: restart for role, _ in roles}
-    return JobLife("job", JobState.READY, tasks, quorums(roles, fewest), restart=each, pauses=pauses)
+    return JobLife(
+        "job",
+        JobState.READY,
+        tasks,
+        quorums(roles, fewest),
+        restart=each,
+        pauses=pauses,
+        consumers=frozenset({"trainer"}),
+    )
 
 
 def drive(job: JobLife, *events: Event) -> tuple[JobLife, list[Action]]:
@@ -180,6 +188,25 @@ def test_code_that_is_killed_by_a_signal_runs_again_and_code_that_fails_by_itsel
     stubborn = new(restart=Restart(on_error=True))
     stubborn, actions = drive(stubborn, Start(), Admit(), *all_of(stubborn, Running), Failed("t0", 1, cause("t0")))
     assert Ask("t0", 2) in actions
+
+
+def test_a_trainer_that_comes_back_when_the_work_is_done_need_not_do_any() -> None:
+    job = new(restart=Restart())
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Gone("t1", 1, cause("t1")), Completed("t2", 1))
+    assert job.tasks["t1"].state is TaskState.DEPLOYING
+    job, actions = drive(job, Completed("t0", 1))
+    assert job.tasks["t1"].state is TaskState.COMPLETED
+    assert End("t1", 2, "its task has ended", parting=True) in actions
+    job, _ = drive(job, Gone("t0", 1, cause()), Gone("t1", 2, cause("t1")), Gone("t2", 1, cause("t2")))
+    assert job.state is JobState.COMPLETED
+
+
+def test_an_aggregator_that_comes_back_when_the_trainers_are_done_has_its_own_part_to_do() -> None:
+    job = new(restart=Restart())
+    job, _ = drive(
+        job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Completed("t2", 1), Gone("t0", 1, cause())
+    )
+    assert job.tasks["t0"].state is TaskState.DEPLOYING
 
 
 def test_a_paused_job_has_no_worker_and_goes_on_under_new_attempts() -> None:

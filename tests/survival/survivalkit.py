@@ -222,3 +222,100 @@ def bits(models):
 
 def rounds(document):
     return [entry["round"] for entry in document["rounds"]]
+
+
+def tree(folder, *, optimizer="fedavg", **settings):
+    """Two groups of two sites below middle aggregators."""
+    module = "flame.sdk"
+    return write_job(
+        folder,
+        {
+            "trainer": (
+                SITE.format(module=module, base="Trainer"),
+                {"isDataConsumer": True, "groupAssociation": [{"param": "eu"}, {"param": "na"}]},
+            ),
+            "middle": (
+                PLAIN.format(module=module, base="MiddleAggregator"),
+                {"groupAssociation": [{"param": g, "global": "default"} for g in ("eu", "na")]},
+            ),
+            "top": (TOP.format(module=module, base="Aggregator"), {}),
+        },
+        [channel("param", "trainer", "middle", ("eu", "na")), channel("global", "middle", "top")],
+        {"eu": (0, 1), "na": (2, 3)},
+        modelSpec={"optimizer": {"sort": optimizer}},
+        **settings,
+    )
+
+
+def peers(folder, kind, tags, *, sites=3, **settings):
+    """Sites without a server."""
+    return write_job(
+        folder,
+        {"trainer": (SITE.format(module=f"flame.sdk.mode.{kind}.trainer", base="Trainer"), {"isDataConsumer": True})},
+        [channel("ring", "trainer", "trainer", lower_tags=tags, upper_tags=tags)],
+        {"default": range(sites)},
+        **settings,
+    )
+
+
+def coordinated(folder, kind="coord_syncfl", **settings):
+    """Four sites that a coordinator gives to two aggregators."""
+    at = f"flame.sdk.mode.horizontal.{kind}"
+    coordination = "coordinateWith"
+    return write_job(
+        folder,
+        {
+            "trainer": (SITE.format(module=f"{at}.trainer", base="Trainer"), {"isDataConsumer": True}),
+            "middle": (PLAIN.format(module=f"{at}.middle_aggregator", base="MiddleAggregator"), {"replica": 2}),
+            "top": (TOP.format(module=f"{at}.top_aggregator", base="TopAggregator"), {}),
+            "coordinator": (PLAIN.format(module=f"{at}.coordinator", base="Coordinator"), {}),
+        },
+        [
+            channel("param", "trainer", "middle"),
+            channel("global", "middle", "top"),
+            channel("t", "trainer", "coordinator", lower_tags=["getAggregator"], upper_tags=[f"{coordination}Trainer"]),
+            channel("m", "middle", "coordinator", lower_tags=["coordinate"], upper_tags=[f"{coordination}MidAgg"]),
+            channel("o", "top", "coordinator", lower_tags=["coordinate"], upper_tags=[f"{coordination}TopAgg"]),
+        ],
+        {"default": range(4)},
+        **settings,
+    )
+
+
+def hybrid(folder, **settings):
+    """Two rings of two below an aggregator."""
+    at, ring = "flame.sdk.mode.hybrid", ["ring_allreduce"]
+    places = [{"param": "default", "ring": g} for g in ("eu", "na")]
+    return write_job(
+        folder,
+        {
+            "trainer": (
+                SITE.format(module=f"{at}.trainer", base="Trainer"),
+                {"isDataConsumer": True, "groupAssociation": places},
+            ),
+            "top": (TOP.format(module=f"{at}.top_aggregator", base="TopAggregator"), {}),
+        },
+        [
+            channel("param", "trainer", "top"),
+            channel("ring", "trainer", "trainer", ("eu", "na"), lower_tags=ring, upper_tags=ring),
+        ],
+        {"eu": (0, 1), "na": (2, 3)},
+        **settings,
+    )
+
+
+def asynchronous(folder, **settings):
+    """One aggregator that takes updates as they come."""
+    at = "flame.sdk.mode.horizontal.asyncfl"
+    return write_job(
+        folder,
+        {
+            "trainer": (SITE.format(module=f"{at}.trainer", base="Trainer"), {"isDataConsumer": True}),
+            "top": (TOP.format(module=f"{at}.top_aggregator", base="TopAggregator"), {}),
+        },
+        [channel("param", "trainer", "top")],
+        {"default": range(3)},
+        deterministic=False,
+        modelSpec={"optimizer": {"sort": "fedbuff", "kwargs": {"agg_goal": 2}}},
+        **settings,
+    )

@@ -59,7 +59,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return not self.ring and not self.to and not self.failure
 
 
-def decide(id: str, stands: Mapping[str, Stand], order: Sequence[str], least: int) -> Plan:
+def decide(id: str, stands: Mapping[str, Stand], order: Sequence[str], least: int, *, whole: bool = False) -> Plan:
     """The next plan.
 
     Who is new gets the model after the round that the others are about to close, and does not hold them up. Who was left behind
@@ -70,6 +70,7 @@ def decide(id: str, stands: Mapping[str, Stand], order: Sequence[str], least: in
     :param stands: where each one stands.
     :param order: all of them in the order of the ring.
     :param least: how many updates make a round.
+    :param whole: nobody who is there may be missing in a round, whatever that takes.
     """
     tickets = {end: stand.ticket for end, stand in stands.items()}
     ahead = max(stand.done for stand in stands.values())
@@ -81,10 +82,12 @@ def decide(id: str, stands: Mapping[str, Stand], order: Sequence[str], least: in
     current = [end for end in order if stands[end].done == ahead]
     behind = [end for end in order if stands[end].done < ahead]
     ring = [end for end in current if stands[end].trained]
-    torn = any(stands[end].done != NEWCOMER for end in behind)
+    torn = whole or any(stands[end].done != NEWCOMER for end in behind)
     if (behind and (torn or len(ring) < least)) or not ring:
         return Plan(id=id, round=ahead, giver=current[0], to=behind, tickets=tickets)
     if len(ring) < least:
         failure = f"Round {ahead + 1} has {len(ring)} of at least {least} updates (policy.minTrainers)"
         return Plan(id=id, round=ahead, tickets=tickets, failure=failure)
+    if whole and len(ring) < len(current):
+        return Plan(id=id, round=ahead, tickets=tickets)  # who has not trained yet is waited for
     return Plan(id=id, round=ahead + 1, ring=ring, giver=ring[0], to=behind, tickets=tickets)

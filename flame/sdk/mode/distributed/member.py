@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.distributed.agreement import NEWCOMER, Plan
@@ -40,6 +41,7 @@ class Member(Peer):
     STEP: ClassVar[str]
     _table: Table
     _done: int = NEWCOMER
+    _back: bool = False  # it was here before, and has not asked yet where the others are
     _update: tuple[Mapping[str, Any], float] | None = None
 
     def internal_init(self) -> None:
@@ -47,11 +49,16 @@ class Member(Peer):
         super().internal_init()
         channel = self.channel(self.TAG)
         expected = self.config.peers.get(channel.name(), 0) + 1
-        self._table = Table(channel, self.config.policy, self.link, expected=expected)
+        whole = self._strict and self.config.restart.of(self.config.role).attempts > 0
+        self._table = Table(channel, self.config.policy, self.link, expected=expected, whole=whole)
         self._done = NEWCOMER
+        self._back = False
 
     def member_check(self) -> None:
         """Before the first round: get the model that all begin from, or the one that they have come to by now."""
+        if self._back:
+            self._back = False
+            self._turn(trained=False)
         while self._done == NEWCOMER and not self._work_done:
             self._turn(trained=False)
         if self._round <= self._done:
@@ -59,11 +66,37 @@ class Member(Peer):
             self._work_done = self._round > self._rounds
         self._started = self._table.began = time.monotonic()
         if not self._work_done:
+            self._seed_round(self._round)
             self._begin_round(self._common)
+
+    def _state(self) -> State:
+        """See :class:`Role`: the model that this member has, and what the others would give it with it."""
+        state = super()._state()
+        for name in [name for name in state.arrays if name.startswith("model/")]:
+            del state.arrays[name]  # training has changed it since
+        state.arrays.update({f"model/{name}": array for name, array in self._common.items()})
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        self._common = {name: np.array(array) for name, array in state.part("model").items()}
+
+    def resume(self) -> None:
+        """See :class:`RoundKeeper`: begin where this member was; where the others are by now, the table says."""
+        found = self._kept.load()
+        if found is not None:
+            self._done, state = found
+            self._private = self._done
+            self._load(state)
+            self._back = True
+            if self._done >= self._rounds:  # the others may have left: nobody need be waited for
+                self._round, self._work_done = self._done + 1, True
+                self._table.expect(1)
 
     def _close_round(self, tag: str) -> None:
         """Combine the trained models; done when this member has the model of the round, if need be from another one."""
         if tag == self.TAG:
+            self._kept.settle()
             self._update = self._trained_weights(), self._count()
             self.is_committer = False
             while self._done < self._round:
@@ -139,20 +172,23 @@ class Member(Peer):
             internal_init = Tasklet("internal_init", self.internal_init)
             load_data = Tasklet("load_data", self.load_data)
             initialize = Tasklet("initialize", self.initialize)
+            resume = Tasklet("resume", self.resume)
             member_check = Tasklet("member_check", self.member_check)
             train = Tasklet("train", self.train)
             combine = Tasklet(self.STEP, self._close_round, self.TAG)
             evaluate = Tasklet("evaluate", self.evaluate)
             save_metrics = Tasklet("save_metrics", self.save_metrics)
+            checkpoint = Tasklet("checkpoint", self.keep_round)
             inc_round = Tasklet("inc_round", self.increment_round)
             inform = Tasklet("inform_end_of_training", self.inform_end_of_training)
             save_model = Tasklet("save_model", self.save_model)
-            loop = Loop(loop_check_fn=lambda: self._work_done)
+            loop = Loop(loop_check_fn=lambda: self._work_done, skip_fn=lambda: self._work_done)
         (
             internal_init
             >> load_data
             >> initialize
-            >> loop(member_check >> train >> combine >> evaluate >> save_metrics >> inc_round)
+            >> resume
+            >> loop(member_check >> train >> combine >> evaluate >> save_metrics >> checkpoint >> inc_round)
             >> inform
             >> save_model
         )

@@ -44,19 +44,33 @@ class Table(Carrier):
     :param link: where waits are told.
     :param expected: how many members the first agreement waits for, this one included.
     :param least: how many updates make a round; None: the policy's ``minTrainers``.
+    :param whole: wait for all in each round, as those that leave come again.
     :ivar began: when the round began, by :func:`time.monotonic`; its deadline counts from there.
     """
 
     def __init__(
-        self, channel: Channel, policy: RoundPolicy, link: Link, *, expected: int = 1, least: int | None = None
+        self,
+        channel: Channel,
+        policy: RoundPolicy,
+        link: Link,
+        *,
+        expected: int = 1,
+        least: int | None = None,
+        whole: bool = False,
     ) -> None:
         super().__init__(channel, policy, link)
         self.began = time.monotonic()
         self._least = policy.min_trainers if least is None else least
         self._expected = expected
+        self._whole = whole
         self._met = expected <= 1
         self._tickets = itertools.count((self.me.attempt << 32) + 1)  # a later attempt's are higher
         self._numbers = itertools.count(1)
+
+    def expect(self, number: int) -> None:
+        """Wait for no more members than so many, this one included."""
+        self._expected, self._whole = number, False
+        self._met = number <= 1
 
     def _ready(self) -> dict[str, Stand]:
         """Where those stand who have said so, in the order of the ring."""
@@ -97,7 +111,7 @@ class Table(Carrier):
         policy, least = self._policy, self._least
         me = self.me.end
         self._stands[me] = self.me.attempt, mine
-        wanted = least if self._met else max(least, self._expected)
+        wanted = least if self._met and not self._whole else max(least, self._expected)
 
         def complete(number: int) -> bool | None:
             order = self.order()
@@ -117,12 +131,13 @@ class Table(Carrier):
         if came is False:
             return None
         ready = self._ready()
-        if not self._met and least <= len(ready) < self._expected:
+        if wanted > least and least <= len(ready) < self._expected:
+            self._whole = False  # who has not come by now will not be waited for again
             self._link.warning(
                 f"The work begins with {len(ready)} of {self._expected} workers of role {self.me.role}: the others did not "
                 f"come within {policy.join_deadline:g} s (policy.joinDeadline)."
             )
-        plan = decide(f"{me}/{self.me.attempt}/{next(self._numbers)}", ready, list(ready), least)
+        plan = decide(f"{me}/{self.me.attempt}/{next(self._numbers)}", ready, list(ready), least, whole=self._whole)
         self._stands.clear()
         self._tell(plan, [end for end in ready if end != me])
         return plan

@@ -24,6 +24,10 @@ __all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TopAggregator"]
 class TopAggregator(SyncTopAggregator):
     """Aggregates the groups' models and ends the job. See :class:`flame.sdk.mode.horizontal.syncfl.top_aggregator.TopAggregator`."""
 
+    def _may_return(self, channel: Channel) -> bool:
+        """See :class:`RoundAggregator`: no, as the group has closed its ring without the one that has left."""
+        return False
+
     def _give(self, channel: Channel, ends: list[str], patience: float = 0.0) -> None:
         members = {end: channel.member(end) for end in ends}
         assert self._outgoing is not None

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from flame.errors import RoundFailed, SpecError, WorkerError
+from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.mode.distributed.agreement import Plan
 from flame.sdk.mode.distributed.carrier import Torn
@@ -120,6 +121,20 @@ class Trainer(Member):
                 extra=as_arrays(message.get(MessageType.EXTRA) or {}),
             )
             del message
+
+    def _state(self) -> State:
+        """See :class:`Role`: also what the job's optimizer remembers."""
+        state = super()._state()
+        for part, arrays in (("optimizer", self._optimizer.state()), ("extra", self._extra)):
+            state.arrays.update({f"{part}/{name}": array for name, array in arrays.items()})
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        self._extra = state.part("extra")
+        optimizer = state.part("optimizer")
+        if optimizer:
+            self._optimizer.load_state(optimizer)
 
     def _gift(self) -> dict[Any, Any]:
         begun = self._table.plan is not None and self._table.plan.round > 0

@@ -45,6 +45,7 @@ class Coordinator(Role):
     _question: Message
     _seconds: dict[str, float]
     _met: bool = False
+    _all_come: bool = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -91,7 +92,10 @@ class Coordinator(Role):
             self._await_all(middles, workers)
             lost = workers.all_ends()
         trainers = sorted({end for end in lost if workers.has(end)}, key=lambda end: order_of(workers, end))
-        free = [end for end in told.get(ASK_IDLE, ()) if middles.has(end)]
+        wanted = list(told.get(ASK_IDLE, ()))
+        if told.get(ASK_LOST):  # one that takes another one's place may have come to the top a moment earlier than here
+            middles.wait_until(lambda: all(middles.has(end) for end in wanted), FAREWELL_SECONDS)
+        free = [end for end in wanted if middles.has(end)]
         given: Mapping[str, Sequence[str]] = {}
         while free:
             free.sort(key=lambda end: order_of(middles, end))
@@ -108,7 +112,8 @@ class Coordinator(Role):
 
     def _await_all(self, middles: Channel, workers: Channel) -> None:
         """Before the first round wait for all, as long as the policy's ``joinDeadline`` allows."""
-        for channel in () if self._met else (middles, workers):
+        again = self._strict and self.config.restart.attempts > 0 and self._all_come
+        for channel in () if self._met and not again else (middles, workers):
             expected = self.config.peers.get(channel.name(), 1)
             if not self.wait_for(
                 channel,
@@ -123,6 +128,7 @@ class Coordinator(Role):
                         f"No worker of role {channel.other_role()} was on channel {channel.name()} within "
                         f"{self.config.policy.join_deadline:g} s (policy.joinDeadline)."
                     )
+                self._all_come = False
                 self.link.warning(
                     f"The work begins with {len(channel.all_ends())} of {expected} workers of role {channel.other_role()}."
                 )

@@ -36,12 +36,26 @@ class TopAggregator(SyncTopAggregator):
                 f"{channel.other_role()} to give them to."
             )
 
-    def _ask(self, channel: Channel, lost: list[str]) -> list[str]:
-        """Ask the coordinator for this round's aggregators, or for who takes over from lost ones."""
+    def _ask(self, channel: Channel, lost: list[str], free: list[str] | None = None) -> list[str]:
+        """Ask the coordinator for this round's aggregators, or for who takes over from lost ones. One that is replaced is asked anew.
+
+        :param free: who may be given something; None: everyone who has nothing to do.
+        """
         coordinator = self.channel(TAG_COORDINATE)
-        self.await_peer(coordinator)
+        patient = self.config.restart.of(coordinator.other_role()).attempts > 0
+        while True:
+            self.await_peer(coordinator)
+            answer = self._ask_once(
+                coordinator, {ASK_IDLE: self._idle(channel) if free is None else free, ASK_LOST: lost}
+            )
+            if answer is not None:
+                return answer
+            if not patient:
+                raise WorkerError(f"The coordinator left in round {self._round}: nobody says who works with whom.")
+
+    def _ask_once(self, coordinator: Channel, question: dict[str, list[str]]) -> list[str] | None:
+        """What the coordinator says; None when it has left."""
         end = next(iter(coordinator.all_ends()), None)
-        question = {ASK_IDLE: self._idle(channel), ASK_LOST: lost}
         if end is not None:
             coordinator.broadcast(
                 {MessageType.ROUND: self._round, MessageType.META_INFO_REQ: True, MessageType.METADATA: question},
@@ -53,7 +67,12 @@ class TopAggregator(SyncTopAggregator):
             message, _ = coordinator.recv(end, 2 * self.config.policy.join_deadline + FAREWELL_SECONDS)
             if message is not None:
                 return list(message[MessageType.COORDINATED_ENDS])
-        raise WorkerError(f"The coordinator left in round {self._round}: nobody says who works with whom.")
+        return None
+
+    def _give_again(self, channel: Channel, end: str) -> None:
+        """See :class:`RoundAggregator`: it gets the trainers back that it had."""
+        if self._ask(channel, [end], [end]):
+            self._give(channel, [end])
 
     def _choose(self, channel: Channel) -> list[str]:
         """See :class:`RoundAggregator`."""

@@ -35,7 +35,8 @@ class MiddleAggregator(SyncMiddleAggregator):
         goal = self.config.hyperparameters.aggregation_goal or max(1, (tally.target + 1) // 2)
         last = not tally.pending or tally.answered >= tally.target
         # A rule that needs all of a group's updates at once (a robust one) cannot do with parts of them.
-        if last or not self._optimizer.streaming or tally.samples == self._sent[1]:
+        # Nor can a deterministic round, which must be the same when this worker is replaced in its middle: parts cannot be taken back.
+        if last or self._strict or not self._optimizer.streaming or tally.samples == self._sent[1]:
             return
         self._parts += 1
         if self._parts < goal:

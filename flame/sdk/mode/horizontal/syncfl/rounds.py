@@ -300,7 +300,7 @@ class RoundAggregator(Role):
 
     def _call_back(self, channel: Channel, tally: Tally, end: str) -> None:
         """An end has left that a deterministic round cannot do without: wait for who takes its place, and give it the round."""
-        if not self._may_return(channel):
+        if not self._may_return(channel) or end in tally.partial:  # a part of its update cannot be taken back
             return
         deadline = time.monotonic() + self.config.policy.join_deadline
         while end not in tally.pending and (left := deadline - time.monotonic()) > 0:
@@ -312,8 +312,15 @@ class RoundAggregator(Role):
                 left if limit is None else min(left, limit),
             ):
                 return
-            tally.lost.pop(end, None)
-            self._give(channel, [end])
+            lost = tally.lost.pop(end, None)
+            self._give_again(channel, end)
+            if end not in tally.pending and channel.has(end):
+                tally.lost[end] = lost or "left"
+                return
+
+    def _give_again(self, channel: Channel, end: str) -> None:
+        """Give the round to one that has come in the place of one that had it."""
+        self._give(channel, [end])
 
     def _take(self, channel: Channel, tally: Tally, end: str, message: Message | None) -> None:
         """One end has answered, or has left (no message)."""
