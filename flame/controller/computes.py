@@ -31,6 +31,8 @@ log = logging.getLogger("flame.controller")
 PATIENCE = 5.0
 #: Seconds after which an attempt to reach a compute has failed.
 CONNECTING = 30.0
+#: Seconds before a compute that cannot be reached is tried again the first time; doubles with each further one.
+AGAIN = 1.0
 #: Seconds between two looks at what a compute has, and whether it is there.
 LOOK = 20.0
 
@@ -312,11 +314,20 @@ class Computes:
         served = candidates(need.realms, rooms)
         return min(served, key=served.__getitem__, default="")
 
+    async def end(self, compute: str, worker: WorkerInfo) -> None:
+        """End a worker that nobody counts on, and remove what it leaves."""
+        try:
+            runner = self.runner(compute)
+            await runner.end(worker)
+            await runner.clean(worker)
+        except RunnerError as error:
+            log.error("worker %s cannot be ended: %s", worker.handle, error)
+
     # ---------------------------------------------------------------------------------------------- keeping watch
 
     async def _keep(self, site: Site) -> None:
         """Reach a compute, and look now and then whether it is there and what it has."""
-        pause = 1.0
+        pause = AGAIN
         while True:
             try:
                 async with asyncio.timeout(CONNECTING):
@@ -329,7 +340,7 @@ class Computes:
                 log.exception("the runner of compute %s has a fault", site.record.name)
                 self._away(site, f"Its runner has a fault: {type(error).__name__}: {error}.")
             else:
-                pause = 1.0
+                pause = AGAIN
             site.tried.set()
             await asyncio.sleep(pause if site.problem else LOOK)
             pause = min(2 * pause, LOOK)
@@ -377,7 +388,7 @@ class Computes:
                 log.warning(
                     "worker %s of task %s on %s belongs to nobody; it is ended", worker.handle, worker.task, name
                 )
-                task = asyncio.get_running_loop().create_task(_end(site.runner, worker))
+                task = asyncio.get_running_loop().create_task(self.end(name, worker))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
 
@@ -388,13 +399,3 @@ async def clean(computes: Computes, compute: str | None, worker: WorkerInfo) -> 
         await computes.runner(compute).clean(worker)
     except RunnerError as error:
         log.warning("what worker %s.%d has left is not removed: %s", worker.task, worker.attempt, error)
-
-
-async def _end(runner: Runner | None, worker: WorkerInfo) -> None:
-    if runner is None:
-        return
-    try:
-        await runner.end(worker)
-        await runner.clean(worker)
-    except RunnerError as error:
-        log.error("worker %s cannot be ended: %s", worker.handle, error)

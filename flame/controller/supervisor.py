@@ -386,6 +386,9 @@ class Supervisor:
         for ask in asked:
             self._places.pop(ask.task, None)
             self._hold(ask.task, ask.attempt, fields[ask.task]["compute"])
+        for task in changed:
+            for attempt in before.tasks[task.id].live - task.live:
+                self._context.computes.give((self.id, task.id, attempt))
         news: list[Entry] = [("warning", {"message": one.message}) for one in actions if isinstance(one, events.Warn)]
         news += [task_news(self._ledger.task(task)) for task in fields]
         news += [job_news(self._ledger.job, state) for state in states]

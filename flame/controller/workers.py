@@ -169,8 +169,10 @@ class Crew:
         """
         there = {(info.task, info.attempt): info for info in workers}
         for worker in self.all():
+            if worker.compute != compute or worker.gone.is_set():
+                continue
             info = there.pop((worker.task, worker.attempt), None)
-            if worker.compute != compute or worker.gone.is_set() or not worker.started.is_set():
+            if not worker.started.is_set():
                 continue
             if info is not None:
                 worker.info = info
@@ -179,8 +181,7 @@ class Crew:
                 failure = self._failure(worker, role_of(worker.task), message)
                 self._context.background.spawn(self._gone(worker, failure))
         for info in there.values():
-            worker = self.adopt(info, role_of(info.task), compute)
-            self.end(worker.task, worker.attempt, role_of(info.task), parting=False)
+            self._context.background.spawn(self._context.computes.end(compute, info))
 
     async def _start(self, worker: Worker, role: str, delay: float) -> None:
         if delay and await _within(delay, worker.unwanted):
@@ -233,6 +234,8 @@ class Crew:
                 await self._context.computes.runner(worker.compute).end(worker.info, grace=self._context.options.grace)
                 break
             except RunnerError as error:
+                if worker.parted.is_set():  # it leaves by itself; if not, it is found when its compute is back
+                    break
                 log.error("job %s: the worker of %s cannot be ended: %s", self._job, worker.task, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 30.0)

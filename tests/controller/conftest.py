@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flame.controller.context import Options
+from flame.controller.context import DEFAULT, Options
 from flame.controller.controller import Controller
 from flame.controller.keys import Keys
 from flame.controller.supervisor import Supervisor
@@ -20,7 +20,7 @@ from flame.notifier import Notifier
 from flame.runners.base import Capacity, ExitCallback, Runner, WorkerExit, WorkerInfo, WorkerSpec
 from flame.spec import bundle
 from flame.spec.nouns import Channel, Dataset, DatasetGroups, JobForm, RestartPolicy, Role, RoundPolicy, Schema
-from flame.spec.records import Event, Job, JobState, Report, Task
+from flame.spec.records import ComputeRecord, Event, Job, JobState, Report, Task
 from flame.store import Store, open_store
 
 KEYS = Keys(b"0123456789abcdef0123456789abcdef")
@@ -39,6 +39,18 @@ class World:
         self.told: ExitCallback | None = None
         self.on_list: Callable[[], None] | None = None
         self.on_start: Callable[[WorkerSpec], None] | None = None
+        self.down: str | None = None
+        self.capacity = Capacity()
+        self.others: dict[str, World] = {}
+
+    def other(self, name: str) -> World:
+        """The machine of another compute."""
+        return self.others.setdefault(name, World())
+
+    def check(self) -> None:
+        """Be out of reach, if so it is."""
+        if self.down:
+            raise RunnerError(self.down)
 
     def exit(self, task: str, attempt: int, code: int | None = 0, signal: str | None = None) -> None:
         """A worker ends by itself."""
@@ -56,10 +68,12 @@ class FakeRunner(Runner):
         self.world = world
 
     async def open(self, on_exit: ExitCallback) -> None:
+        self.world.check()
         self.world.told = on_exit
 
     async def start(self, spec: WorkerSpec) -> WorkerInfo:
         world = self.world
+        world.check()
         if world.refuse:
             raise RunnerError(world.refuse)
         info = WorkerInfo(spec.task, spec.job, spec.attempt, f"pid-{len(world.started)}")
@@ -70,12 +84,14 @@ class FakeRunner(Runner):
         return info
 
     async def list(self) -> Sequence[WorkerInfo]:
+        self.world.check()
         found = list(self.world.workers.values())
         if self.world.on_list is not None:
             self.world.on_list()
         return found
 
     async def end(self, worker: WorkerInfo, *, grace: float = 5.0) -> None:
+        self.world.check()
         if self.world.stubborn:
             self.world.stubborn -= 1
             raise RunnerError("it does not want to")
@@ -90,7 +106,8 @@ class FakeRunner(Runner):
         self.world.cleaned.append(f"{worker.task}.{worker.attempt}")
 
     async def capacity(self) -> Capacity:
-        return Capacity(None)
+        self.world.check()
+        return self.world.capacity
 
     async def close(self) -> None:
         self.world.told = None
@@ -232,10 +249,12 @@ async def controlled(
     real = open_store("sqlite:///flame.db", folder)
     bench.store = wrap(real) if wrap else real
     notifier = Notifier(bench.store)
+
+    def make_runner(compute: ComputeRecord) -> FakeRunner:
+        return FakeRunner(world if compute.name == DEFAULT else world.other(compute.name), folder)
+
     given = {"slots": 100, "parting": 0.2, **options}
-    bench.controller = Controller(
-        bench.store, notifier, lambda compute: FakeRunner(world, folder), KEYS, Options(data_dir=folder, **given)
-    )
+    bench.controller = Controller(bench.store, notifier, make_runner, KEYS, Options(data_dir=folder, **given))
     try:
         bench.code = await real.put_bundle(code(folder))
         await bench.controller.open()
