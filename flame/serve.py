@@ -68,6 +68,9 @@ class ServeSettings:
     :ivar tls: certificates.
     :ivar oidc: the identity provider whose tokens are accepted.
     :ivar p2p_tls: workers of a job speak TLS with each other, by an authority that exists for the job alone.
+    :ivar drain: see the jobs that run to their end, start no others, and end; another server on the data directory is told to.
+    :ivar keep_jobs: for how many seconds jobs that have ended are kept; None: for ever.
+    :ivar keep_size: how many bytes those may have; None: any number.
     :ivar verbose: log what only developers want to read.
     """
 
@@ -89,6 +92,9 @@ class ServeSettings:
     tls: ServerTls = field(default_factory=ServerTls)
     oidc: OidcSettings | None = None
     p2p_tls: bool = False
+    drain: bool = False
+    keep_jobs: float | None = None
+    keep_size: int | None = None
     verbose: bool = False
 
 
@@ -101,13 +107,17 @@ def run_server(settings: ServeSettings) -> int:
     _log_to_stderr(verbose=settings.verbose)
     _refuse_plain_http(settings)
     data_dir = settings.data_dir.expanduser().absolute()
+    if settings.drain and _tell_to_drain(data_dir):
+        return 0
     with locked(data_dir):
         return asyncio.run(_serve(settings, data_dir))
 
 
 async def _serve(settings: ServeSettings, data_dir: Path) -> int:
-    stopping = asyncio.Event()
-    _on_signals(stopping)
+    stopping, draining = asyncio.Event(), asyncio.Event()
+    _on_signals(stopping, draining)
+    if settings.drain:
+        draining.set()
     async with contextlib.AsyncExitStack() as stack:
         # A standby may wait for days, and is told to end meanwhile like any other server.
         entering = asyncio.ensure_future(stack.enter_async_context(serve(settings, data_dir)))
@@ -126,8 +136,13 @@ async def _serve(settings: ServeSettings, data_dir: Path) -> int:
             await server.api.sessions.stop_all()
             await server.controller.stop_all()
         else:
-            await _first(stopping.wait(), server.lost())
-            if not stopping.is_set():
+            if settings.keep_jobs is not None or settings.keep_size is not None:
+                from flame.controller.retention import Retention
+
+                retention = Retention(server.controller, settings.keep_jobs, settings.keep_size)
+                server.controller.context.background.spawn(retention.run())
+            await _first(stopping.wait(), server.lost(), _drained(server.controller, draining))
+            if not stopping.is_set() and not server.controller.drained.is_set():
                 raise StoreError("Another server has taken over the database; this one ends. Its workers go on.")
             left = server.controller.used
             log.info("the server ends%s", f"; {left} workers go on, and the next server finds them" if left else "")
@@ -393,8 +408,34 @@ def _who(data_dir: Path) -> str:
         return ""
 
 
-def _on_signals(stopping: asyncio.Event) -> None:
-    """The first signal ends the server in order, the second at once."""
+async def _drained(controller: Controller, draining: asyncio.Event) -> None:
+    """Once that is wanted, start nothing any more; over when nothing runs."""
+    await draining.wait()
+    controller.drain()
+    log.info("no jobs are started any more; the server ends when those that run have ended")
+    await controller.drained.wait()
+
+
+def _tell_to_drain(data_dir: Path) -> bool:
+    """Tell the server that uses a data directory to start nothing any more, and wait for its end. False: there is none."""
+    try:
+        with locked(data_dir):
+            return False
+    except Conflict:
+        pass
+    try:
+        pid = int(json.loads((data_dir / "server.json").read_text())["pid"])
+        os.kill(pid, signal.SIGUSR1)
+        log.info("server %d has been told; it ends when the jobs that run have ended", pid)
+        with (data_dir / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"The server that uses {data_dir} cannot be told to end: {error}.") from error
+    return True
+
+
+def _on_signals(stopping: asyncio.Event, draining: asyncio.Event) -> None:
+    """The first signal ends the server in order, the second at once. SIGUSR1 lets it end once the jobs that run have."""
     loop = asyncio.get_running_loop()
 
     def stop(number: signal.Signals) -> None:
@@ -406,6 +447,7 @@ def _on_signals(stopping: asyncio.Event) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
+    loop.add_signal_handler(signal.SIGUSR1, draining.set)
 
 
 async def _unneeded(server: Server, stopping: asyncio.Event) -> None:

@@ -13,13 +13,19 @@ from flame.apiserver.paging import Page, PageQuery, page
 from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Query, Route
 from flame.spec.nouns import JobForm
 from flame.spec.people import UserRole
-from flame.spec.records import Event, Job, JobState, Task
+from flame.spec.records import CheckpointRecord, Event, Job, JobState, Task
 
 
 class JobQuery(PageQuery, frozen=True, kw_only=True):
     """Part of the list, or of the jobs in one state."""
 
     state: JobState | None = None
+
+
+class RestartQuery(Query, frozen=True, kw_only=True):
+    """Behind which round to begin; without ``fromRound``, behind the last that was kept."""
+
+    from_round: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class EventsQuery(Query, frozen=True, kw_only=True):
@@ -72,6 +78,24 @@ async def pause(call: Call[None, NoQuery]) -> Job:
 async def resume(call: Call[None, NoQuery]) -> Job:
     """Resume a job."""
     return await call.api.controller.resume_job(call.path("id"))
+
+
+async def restart(call: Call[None, RestartQuery]) -> Job:
+    """Restart a job."""
+    return await call.api.controller.restart_job(call.path("id"), call.query.from_round)
+
+
+async def checkpoints(call: Call[None, NoQuery]) -> Page[CheckpointRecord]:
+    """List what is kept of a job's rounds."""
+    controller, job = call.api.controller, call.path("id")
+    roles = {task.id: task.role for task in await controller.tasks(job)}
+    kept = await controller.context.checkpoints.find(job)
+    return Page(
+        items=[
+            CheckpointRecord(task=one.task, role=roles.get(one.task, ""), round=one.round, size=one.size, time=one.time)
+            for one in kept
+        ]
+    )
 
 
 async def tasks(call: Call[None, NoQuery]) -> Page[Task]:
@@ -186,6 +210,26 @@ ROUTES = [
         access=Access.WRITE,
         answer=Job,
         refusals=(404, 409),
+    ),
+    Route(
+        method="POST",
+        path=f"{_ONE}/restart",
+        handler=restart,
+        summary="Restart a job behind a round that was kept; of one that has ended a new one is made, which is answered.",
+        access=Access.WRITE,
+        query=RestartQuery,
+        answer=Job,
+        stream=True,
+        refusals=(404, 409),
+    ),
+    Route(
+        method="GET",
+        path=f"{_ONE}/checkpoints",
+        handler=checkpoints,
+        summary="List what is kept of a job's rounds, the oldest first.",
+        access=Access.READ,
+        answer=Page[CheckpointRecord],
+        refusals=(404,),
     ),
     Route(
         method="GET",

@@ -16,7 +16,7 @@ from flame.client import Client
 from flame.client.running import Reading
 from flame.errors import FlameError
 from flame.spec.load import load_job
-from flame.spec.records import Job, JobState, Task
+from flame.spec.records import CheckpointRecord, Job, JobState, Task
 
 
 @click.group(
@@ -160,6 +160,39 @@ def resume(given: str, server: str | None, how: str) -> None:
         return await client.jobs.resume(await names.job_id(client, given))
 
     _show([ask(server, do)], how, alone=True)
+
+
+@job.command(
+    context_settings=CONTEXT, epilog=examples("flame job restart digits --from-round 20", "flame job restart digits")
+)
+@click.argument("given", metavar="JOB")
+@click.option(
+    "--from-round", type=click.IntRange(min=0), metavar="N", help="Begin behind this round; else behind the last kept."
+)
+@server_option
+@output_option
+def restart(given: str, from_round: int | None, server: str | None, how: str) -> None:
+    """Let JOB begin again, behind a round that was kept (`flame job checkpoints`). Of one that has ended another one is made."""
+
+    async def do(client: Client) -> Job:
+        return await client.jobs.restart(await names.job_id(client, given), from_round)
+
+    _show([ask(server, do)], how, alone=True)
+
+
+@job.command(context_settings=CONTEXT, epilog=examples("flame job checkpoints digits"))
+@click.argument("given", metavar="JOB")
+@server_option
+@output_option
+def checkpoints(given: str, server: str | None, how: str) -> None:
+    """List what is kept of the rounds of JOB."""
+
+    async def do(client: Client) -> list[CheckpointRecord]:
+        return await client.jobs.checkpoints(await names.job_id(client, given))
+
+    kept = ask(server, do)
+    rows = [[str(one.round), one.role, one.task, str(one.size), output.when(one.time)] for one in kept]
+    output.show(kept, how, lambda: output.table(["ROUND", "ROLE", "TASK", "BYTES", "KEPT"], rows))
 
 
 @job.command(context_settings=CONTEXT, epilog=examples("flame job wait digits --timeout 3600"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -12,6 +12,36 @@ from flame.errors import UsageError
 
 if TYPE_CHECKING:
     from flame.spec.people import UserRole
+
+
+class _Measure(click.ParamType[float]):
+    """A number with a unit."""
+
+    units: ClassVar[dict[str, float]]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See :class:`click.ParamType`."""
+        if isinstance(value, int | float):
+            return value
+        number, unit = str(value)[:-1], str(value)[-1:]
+        if unit not in self.units or not number.isascii() or not number.isdigit() or not int(number):
+            self.fail(f"{value!r} is no {self.name}; write a number with one of {', '.join(self.units)}.", param, ctx)
+        return int(number) * self.units[unit]
+
+
+class Duration(_Measure):
+    """Seconds."""
+
+    name = "time"
+    units: ClassVar[dict[str, float]] = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+class Size(_Measure):
+    """Bytes."""
+
+    name = "size"
+    units: ClassVar[dict[str, float]] = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -158,6 +188,23 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     envvar="FLAME_SERVE_P2P_TLS",
     help="Workers of a job speak TLS with each other, by an authority of the job's own.",
 )
+@click.option(
+    "--drain",
+    is_flag=True,
+    help="Start no jobs any more, and end when those that run have ended; a server that is there is told to do so.",
+)
+@click.option(
+    "--keep-jobs",
+    type=Duration(),
+    metavar="TIME",
+    help="Remove jobs that ended longer ago than that, such as 30d or 12h.",
+)
+@click.option(
+    "--keep-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Remove the oldest jobs that ended while all have more, such as 50G.",
+)
 @click.option("--private", is_flag=True, help="Print the address as JSON, and end when nobody is attached any more.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what only developers want to read.")
 def serve(
@@ -190,6 +237,9 @@ def serve(
     oidc_group_claim: str,
     oidc_name_claim: str,
     p2p_tls: bool,
+    drain: bool,
+    keep_jobs: float | None,
+    keep_size: int | None,
     private: bool,
     verbose: bool,
 ) -> int:
@@ -234,6 +284,9 @@ def serve(
             ),
             oidc=oidc,
             p2p_tls=p2p_tls,
+            drain=drain,
+            keep_jobs=keep_jobs,
+            keep_size=keep_size,
             private=private,
             advertise=advertise,
             mqtt=mqtt,

@@ -16,7 +16,7 @@ from flame.client.follow import Backoff, OnLost, insist, resumed, transient
 from flame.client.resources import Codes, Noun, Page, pages
 from flame.errors import FlameError, ServerError, UsageError
 from flame.spec.nouns import JobForm
-from flame.spec.records import Event, Job, JobState, Round, Task
+from flame.spec.records import CheckpointRecord, Event, Job, JobState, Round, Task
 
 if TYPE_CHECKING:
     from flame.spec.load import JobBundle
@@ -73,6 +73,18 @@ class Jobs(Noun):
         :raises flame.errors.Conflict: it is not paused.
         """
         return await self._session.call("POST", f"/v1/jobs/{id}/resume", into=Job)
+
+    async def restart(self, id: str, from_round: int | None = None) -> Job:
+        """Let a job begin again behind a round that was kept; of one that has ended another one is made, which is given.
+
+        :param from_round: behind which round; 0: from the beginning; None: behind the last that was kept.
+        :raises flame.errors.Conflict: nothing is kept of this round, or the job was never started.
+        """
+        return await self._session.call("POST", f"/v1/jobs/{id}/restart", query={"fromRound": from_round}, into=Job)
+
+    async def checkpoints(self, id: str) -> list[CheckpointRecord]:
+        """What is kept of a job's rounds."""
+        return (await self._session.call("GET", f"/v1/jobs/{id}/checkpoints", into=Page[CheckpointRecord])).items
 
     async def tasks(self, id: str) -> list[Task]:
         """A job's tasks, in the order of expansion."""

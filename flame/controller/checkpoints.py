@@ -13,7 +13,8 @@ from typing import NamedTuple
 from flame.artifacts.base import Artifact, Artifacts
 from flame.errors import NotFound, SpecError
 
-_FOLDER = "checkpoints"
+#: Under which name they are kept.
+FOLDER = "checkpoints"
 #: Rounds are written with so many digits, so that their order is that of their names.
 _DIGITS = 10
 
@@ -74,7 +75,7 @@ class Checkpoints:
 
     async def find(self, job: str, task: str | None = None) -> list[Checkpoint]:
         """Those of a job, or of one task, the oldest round first."""
-        found = await self._artifacts.find(f"{_FOLDER}/{job}" + (f"/{task}" if task else ""))
+        found = await self._artifacts.find(f"{FOLDER}/{job}" + (f"/{task}" if task else ""))
         return sorted((_read(one) for one in found), key=lambda one: (one.round, one.task))
 
     def read(self, job: str, task: str, number: int) -> AsyncIterator[bytes]:
@@ -113,7 +114,7 @@ class Checkpoints:
 
     async def remove(self, job: str) -> None:
         """Remove all of a job."""
-        await self._artifacts.delete_all(f"{_FOLDER}/{job}")
+        await self._artifacts.delete_all(f"{FOLDER}/{job}")
 
     async def _prune(self, job: str, task: str, keep: int) -> None:
         for one in (await self.find(job, task))[:-keep]:
@@ -126,7 +127,7 @@ def rounds_of(checkpoints: Collection[Checkpoint]) -> list[int]:
 
 
 def _name(job: str, task: str, number: int) -> str:
-    return f"{_FOLDER}/{job}/{task}/{number:0{_DIGITS}d}"
+    return f"{FOLDER}/{job}/{task}/{number:0{_DIGITS}d}"
 
 
 def _read(artifact: Artifact) -> Checkpoint:

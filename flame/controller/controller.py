@@ -19,9 +19,10 @@ from flame.artifacts import Artifacts, open_artifacts
 from flame.controller.accounts import Accounts
 from flame.controller.bookkeeping import ends, job_news, job_stream, rounds_stream, task_stream
 from flame.controller.catalog import Catalog
+from flame.controller.checkpoints import rounds_of
 from flame.controller.computes import clean
 from flame.controller.context import Context, Options, public
-from flame.controller.events import Kill, Pause, Resume, Start, Stop
+from flame.controller.events import Kill, Pause, Resume, Rewind, Start, Stop
 from flame.controller.keys import Keys
 from flame.controller.participants import Participants
 from flame.controller.placement import Decision, Waiting, admit, priority
@@ -76,6 +77,8 @@ class Controller:
         self._looking = False
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self.draining = False
+        self.drained = asyncio.Event()
 
     async def open(self) -> None:
         """Connect to the computes and take up what an earlier process of the server has left."""
@@ -85,6 +88,11 @@ class Controller:
             if job not in self._active:
                 self.context.background.spawn(self.context.logs.archive(job))
         self.computes.settle()
+        self.freed()
+
+    def drain(self) -> None:
+        """Start no jobs any more; :attr:`drained` is set when none is left that has workers. Those in the queue stay there."""
+        self.draining = True
         self.freed()
 
     async def close(self) -> None:
@@ -160,6 +168,8 @@ class Controller:
 
         :raises flame.errors.Conflict: it was started before.
         """
+        if self.draining:
+            raise Conflict("This server is about to end and starts no jobs any more (flame serve --drain).")
         supervisor = await self._supervise(id)
         try:
             await supervisor.handle(Start())
@@ -208,6 +218,43 @@ class Controller:
                 self._forget(supervisor)
         self.freed()
         return supervisor.job
+
+    async def restart_job(self, id: str, from_round: int | None) -> Job:
+        """Let a job begin again, from what it had kept.
+
+        One that is under way is paused, set back and resumed. One that has ended stays as it is: another one is made of it.
+
+        :param from_round: behind which round; 0: from the beginning; None: behind the last that was kept.
+        :raises flame.errors.Conflict: it was never started, or nothing was kept of this round.
+        """
+        saved = await self._saved(id)
+        if saved.record.state is JobState.READY:
+            raise Conflict(
+                f"Job {saved.record.name!r} is ready: it has not been started, so there is nothing to restart."
+            )
+        kept = rounds_of(await self.context.checkpoints.find(id))
+        if from_round is not None and from_round not in (0, *kept):
+            has = f"there are rounds {', '.join(map(str, kept))}" if kept else "there is none of it"
+            raise Conflict(f"No checkpoint of round {from_round} of job {saved.record.name!r} is kept; {has}.")
+        upto = max(kept, default=0) if from_round is None else from_round
+        supervisor = self._active.get(id)
+        if supervisor is None or supervisor.state.ended:
+            return await self._begin_anew(saved.record, upto)
+        if supervisor.state is not JobState.PAUSED:
+            if supervisor.state is not JobState.PAUSING:
+                await supervisor.handle(Pause())
+            await _first_of(supervisor.paused, supervisor.over)
+        await self.context.checkpoints.forget(id, upto)
+        await supervisor.handle(Rewind())
+        return await self.resume_job(id)
+
+    async def _begin_anew(self, job: Job, upto: int) -> Job:
+        """A job like one that has ended, which goes on behind a round of it."""
+        made = (await self._submission.create(job.form, job.project, job.owner)).record
+        before = {task.index: task.id for task in await self.tasks(job.id)}
+        heirs = {task.id: before[task.index] for task in await self.tasks(made.id) if task.index in before}
+        await self.context.checkpoints.inherit(made.id, heirs, job.id, upto)
+        return await self.start_job(made.id)
 
     async def delete_job(self, id: str) -> None:
         """Remove a job with all that belongs to it.
@@ -470,6 +517,10 @@ class Controller:
         for supervisor in [one for one in self._active.values() if one.over.is_set()]:
             self._forget(supervisor)
             self.context.background.spawn(self.context.logs.archive(supervisor.id))
+        if self.draining:
+            if not any(one.admitted for one in self._active.values()):
+                self.drained.set()
+            return
         waiting = {one.id: one for one in self._active.values() if one.state is JobState.STARTING and not one.admitted}
         queue = [_place(supervisor) for supervisor in waiting.values()]
         decision = admit(queue, self.computes.rooms()) if queue else Decision({}, {})
@@ -478,6 +529,14 @@ class Controller:
         self.computes.reserve(decision.reserved)
         for job, reason in decision.reasons.items():
             self.context.background.spawn(waiting[job].wait_for_room(reason))
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Wait for one of several."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for each in waiting:
+        each.cancel()
 
 
 def _place(supervisor: Supervisor) -> Waiting:
