@@ -37,7 +37,8 @@ class Server:
         self.process = self.popen("serve", "--port", "0", *self.options)
         deadline = time.monotonic() + 60
         while not (self.data / "server.json").exists() or self.told()["pid"] != self.process.pid:
-            assert time.monotonic() < deadline and self.process.poll() is None
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None
             threading.Event().wait(0.02)
         self.environment["FLAME_SERVER"] = self.told()["url"]
 
@@ -114,41 +115,41 @@ def expected(job, tmp_path_factory):
 
 def test_a_job_is_paused_resumed_and_set_back_and_its_model_stays_the_same(server, job, expected):
     server.wish("aggregator@distribute@4.hold")
-    id = server.call("job", "create", str(job), "--start")["id"]
+    mine = server.call("job", "create", str(job), "--start")["id"]
     server.taken("aggregator@distribute@4.hold")
-    server.call("job", "pause", id)
-    paused = server.state(id, "paused")
+    server.call("job", "pause", mine)
+    paused = server.state(mine, "paused")
     assert rounds(paused) == [1, 2, 3]
     server.release()
-    kept = server.call("job", "checkpoints", id)
+    kept = server.call("job", "checkpoints", mine)
     assert {one["round"] for one in kept if one["role"] == "aggregator"} == {1, 2, 3}
-    assert "rounds 1, 2, 3" in server.call("job", "restart", id, "--from-round", "9", code=1)
-    server.call("job", "restart", id, "--from-round", "1")
-    done = server.state(id, "completed")
+    assert "rounds 1, 2, 3" in server.call("job", "restart", mine, "--from-round", "9", code=1)
+    server.call("job", "restart", mine, "--from-round", "1")
+    done = server.state(mine, "completed")
     assert rounds(done) == [1, 2, 3, 4, 5]
-    assert bits(server.model(id)) == expected
-    again = server.call("job", "restart", id, "--from-round", "3")
-    assert again["id"] != id
+    assert bits(server.model(mine)) == expected
+    again = server.call("job", "restart", mine, "--from-round", "3")
+    assert again["id"] != mine
     assert rounds(server.state(again["id"], "completed")) == [4, 5], "it has done these alone"
     assert bits(server.model(again["id"])) == expected
 
 
 def test_a_killed_server_finds_the_job_at_work_and_an_aggregator_that_died_meanwhile_is_replaced(server, job, expected):
     server.wish("aggregator@aggregate@3.hold")
-    id = server.call("job", "create", str(job), "--start")["id"]
+    mine = server.call("job", "create", str(job), "--start")["id"]
     server.taken("aggregator@aggregate@3.hold")
     server.kill()
     for path in server.chaos.iterdir():
         os.kill(int(path.name.rpartition("-")[2]), signal.SIGKILL)
     server.start()
-    done = server.state(id, "completed")
+    done = server.state(mine, "completed")
     assert rounds(done) == [1, 2, 3, 4, 5]
-    assert bits(server.model(id)) == expected
+    assert bits(server.model(mine)) == expected
 
 
 def test_a_drained_server_ends_when_the_jobs_that_run_have_ended(server, job):
     server.wish("aggregator@distribute@2.hold")
-    id = server.call("job", "create", str(job), "--start")["id"]
+    mine = server.call("job", "create", str(job), "--start")["id"]
     server.taken("aggregator@distribute@2.hold")
     draining = server.popen("serve", "--drain")
     deadline = time.monotonic() + 60
@@ -164,4 +165,4 @@ def test_a_drained_server_ends_when_the_jobs_that_run_have_ended(server, job):
     assert server.process.returncode == 0
     draining.communicate()
     server.start()
-    assert server.call("job", "get", id)["state"] == "completed"
+    assert server.call("job", "get", mine)["state"] == "completed"
