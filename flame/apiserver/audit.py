@@ -107,7 +107,7 @@ class Audit:
             for line in file:
                 try:
                     deed = msgspec.json.decode(line, type=Deed)
-                except msgspec.DecodeError:  # the disk was full in the middle of it
+                except (msgspec.DecodeError, UnicodeDecodeError):  # the disk was full in the middle of it
                     continue
                 if who in (None, deed.who) and (not refused or deed.status in _REFUSED):
                     found.append(deed)

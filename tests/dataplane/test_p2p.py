@@ -192,6 +192,20 @@ def test_small_messages_pass_while_a_large_one_is_held(worker):
     assert kept["x"].all()
 
 
+def test_one_who_is_waited_for_is_heard_though_small_messages_of_another_fill_the_window(worker):
+    aggregator = worker("a", "aggregator", "trainer", dials=False, window=300_000)
+    loud, quiet = worker("t1"), worker("t2")
+    assert aggregator.channel.wait_until(lambda: len(aggregator.channel.all_ends()) == 2, 20)
+    for number in range(12):
+        loud.channel.send("a", {"x": np.full(40_000, number, "u1")}, timeout=20)
+    eventually(lambda: aggregator.connection("t1").held)
+    for number in range(3):
+        quiet.channel.send("a", {"x": np.full(40_000, number, "u1")}, timeout=20)
+        assert aggregator.channel.recv("t2", timeout=20)[0]["x"][0] == number
+    for number in range(12):
+        assert aggregator.channel.recv("t1", timeout=20)[0]["x"][0] == number
+
+
 def test_one_who_keeps_an_old_message_still_gets_the_next(worker, transport):
     # A trainer may well hold on to the last global model while it waits for the next one.
     aggregator, trainer = pair(worker, **transport)

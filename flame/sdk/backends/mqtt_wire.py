@@ -180,7 +180,7 @@ class Seal:
             return None
         try:
             return _decoder.decode(view[start:end]), view[end:]
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None  # signed, but by another version of Flame
 
     def _tag(self, topic: str, head: bytes, body: Sequence[memoryview | bytes]) -> bytes:

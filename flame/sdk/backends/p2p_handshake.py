@@ -95,7 +95,7 @@ def dial(key: bytes, hello: Hello) -> Steps:
         raise Refused(answer[:200].decode(errors="replace") or "turned this worker away")
     try:
         return _decode_welcome(answer)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise Refused("answered with something else") from error
 
 

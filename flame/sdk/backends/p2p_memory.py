@@ -108,10 +108,10 @@ class Window:
         """Ask for room for a message that is about to be read; False when it must wait for :meth:`Receiver.proceed`."""
         if size <= SMALL:
             self._collect()
-            if self.small and self.small + size > self.limit:
+            if not self._small_fits(size):
                 self.waiting.append((receiver, size))
                 self._collect()  # once more: what was returned before we waited told nobody
-                if self.small and self.small + size > self.limit:
+                if not (self._small_fits(size) or self._called_for(receiver)):
                     return False
                 self.waiting.remove((receiver, size))
             self.small += size
@@ -157,11 +157,8 @@ class Window:
         self._collect()
         for entry in list(self.waiting):
             receiver, size = entry
-            if size <= SMALL:
-                fits = not self.small or self.small + size <= self.limit
-            else:
-                fits = self._fits(size) or self._called_for(receiver)
-            if fits and entry in self.waiting:
+            fits = self._small_fits(size) if size <= SMALL else self._fits(size)
+            if (fits or self._called_for(receiver)) and entry in self.waiting:
                 self.waiting.remove(entry)
                 if size <= SMALL:
                     self.small += size
@@ -173,6 +170,9 @@ class Window:
         receiver.progress = time.monotonic()
         self.reading[receiver] = size
         self.used += size
+
+    def _small_fits(self, size: int) -> bool:
+        return not self.small or self.small + size <= self.limit
 
     def _fits(self, size: int) -> bool:
         used = self.used
