@@ -194,6 +194,31 @@ def test_datasets(flame: Any, server: Any) -> None:
     assert flame.json("dataset", "list") == []
 
 
+def test_computes(flame: Any, server: Any) -> None:
+    assert flame.json("compute", "list")[0]["name"] == "local"
+    assert flame.json("compute", "update", "local", "--slots", "4")["capacity"]["slots"] == 4
+    made = flame.json("compute", "create", "west", "--kind", "local", "--region", "us/west", "--config", "slots=2")
+    assert (made["region"], made["config"], made["state"]) == ("default/us/west", {"slots": 2}, "ready")
+    environment = flame.json("compute", "update", "west", "--config", "environment.A=b", "--memory", "1Gi")
+    assert environment["config"] == {"slots": 2, "environment": {"A": "b"}}
+    assert environment["capacity"]["memory"] == 1 << 30
+    assert flame.json("compute", "drain", "west")["state"] == "drained"
+    assert flame.json("compute", "drain", "west", "--undo")["state"] == "ready"
+    table = flame("compute", "list").splitlines()
+    assert table[0].split() == ["NAME", "KIND", "REGION", "STATE", "WORKERS", "CPU", "MEMORY", "GPU"]
+    assert [line.split()[0] for line in table[1:]] == ["local", "west"]
+    assert "0/1Gi" in table[2]
+    assert "default/us/west" in flame("compute", "get", "west")
+    file = flame.folder / "computes.yaml"
+    file.write_text("- {name: a, kind: local}\n- {name: b, kind: local, region: eu}\n")
+    assert [one["name"] for one in flame.json("compute", "create", str(file))] == ["a", "b"]
+    assert "give its --kind" in flame.refused("compute", "create", "c", status=2)
+    assert "Nothing is to be changed" in flame.refused("compute", "update", "a", status=2)
+    assert "no kind of compute 'cloud'" in flame.refused("compute", "create", "c", "--kind", "cloud", status=2)
+    flame("compute", "delete", "a", "b", "west")
+    assert [one["name"] for one in flame.json("compute", "list")] == ["local"]
+
+
 def test_the_configuration_is_written_read_and_never_shows_a_token(flame: Any) -> None:
     flame("config", "set", "server", "http://127.0.0.1:1")
     flame("config", "set", "token", "very-secret")
