@@ -22,6 +22,7 @@
     - EndLeft             the peer that is waited for or sent to has left
     - DeadlineExceeded    a wait on a channel took longer than its deadline
     - BackendError        the transport failed for good (broker refuses, credentials wrong)
+    - DatasetError        a dataset cannot be had: it is not there, is refused, or has another digest than promised
     - RoundFailed         a round's policy cannot be kept (too few trainers by the deadline)
 
 An error's text is for a user: one or two sentences that say what was wrong, where, and what to do.
@@ -192,6 +193,10 @@ class DeadlineExceeded(WorkerError):
 
 class BackendError(WorkerError):
     """The transport failed for good: the broker refuses, the credentials are wrong."""
+
+
+class DatasetError(WorkerError):
+    """A dataset cannot be had: it is not there, is refused, or has another digest than promised."""
 
 
 class RoundFailed(WorkerError):

@@ -11,12 +11,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from flame.artifacts.base import Artifact, Artifacts
+from flame.buckets import BUCKETS
 from flame.errors import UsageError
 
-__all__ = ["BUCKETS", "Artifact", "Artifacts", "open_artifacts"]
-
-#: The schemes of buckets, with what they mean.
-BUCKETS = {"s3": "S3 and what speaks its protocol", "gs": "Google Cloud Storage", "az": "Azure Blob Storage"}
+__all__ = ["Artifact", "Artifacts", "open_artifacts"]
 
 
 def open_artifacts(url: str | None, data_dir: Path) -> Artifacts:

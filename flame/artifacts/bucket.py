@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from flame.artifacts.base import PIECE, Artifact, Artifacts, check_name
+from flame.buckets import denied, open_bucket, reason
 from flame.errors import MissingExtra, NotFound, StoreError
 
 try:
     import obstore
     from obstore import exceptions
-    from obstore.store import from_url
 except ImportError as missing:
     raise MissingExtra("obstore", "cloud", "A bucket for artifacts") from missing
 
@@ -54,7 +50,7 @@ class BucketArtifacts(Artifacts):
     def __init__(self, url: str, *, patience: float = PATIENCE) -> None:
         self.url = url.rstrip("/")
         self._patience = patience
-        self._store: ObjectStore = open_bucket(url, patience)
+        self._store: ObjectStore = open_bucket(url, patience, "A bucket for artifacts")
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> Artifact:
         """See the base class."""
@@ -119,9 +115,9 @@ class BucketArtifacts(Artifacts):
                     return
                 if isinstance(error, exceptions.PreconditionError):
                     raise StoreError(f"The artifact {name!r} was replaced while it was read; read it again.") from error
-                if time.monotonic() > deadline or not _passes(error):
+                if time.monotonic() > deadline or denied(error):
                     raise self._failure("read", name, error) from error
-                log.warning("reading %s from %s goes on at %d: %s", name, self.url, start, _reason(error))
+                log.warning("reading %s from %s goes on at %d: %s", name, self.url, start, reason(error))
             await asyncio.sleep(0.2)
 
     async def find(self, folder: str) -> list[Artifact]:
@@ -160,7 +156,7 @@ class BucketArtifacts(Artifacts):
         try:
             await anext(aiter(obstore.list(self._store, chunk_size=1)), None)
         except (exceptions.BaseError, OSError, ValueError) as error:
-            raise StoreError(f"The place of artifacts {self.url} cannot be used: {_reason(error)}.") from error
+            raise StoreError(f"The place of artifacts {self.url} cannot be used: {reason(error)}.") from error
 
     async def close(self) -> None:
         """See the base class."""
@@ -174,7 +170,7 @@ class BucketArtifacts(Artifacts):
         return bool(start >= found["size"])
 
     def _failure(self, what: str, name: str, error: Exception) -> StoreError:
-        return StoreError(f"The artifact {name!r} cannot be {what} in {self.url}: {_reason(error)}.")
+        return StoreError(f"The artifact {name!r} cannot be {what} in {self.url}: {reason(error)}.")
 
 
 class _Source:
@@ -214,49 +210,5 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-def open_bucket(url: str, patience: float) -> ObjectStore:
-    """A client of a bucket, with the credentials of the environment.
-
-    :param patience: seconds for which a request is tried again while the service is away.
-    :raises flame.errors.StoreError: the environment's credentials or settings make no sense.
-    """
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    try:
-        return from_url(
-            url,
-            # An operator who writes http:// as the address of the service means it.
-            client_options={
-                "allow_http": urlsplit(endpoint).scheme == "http",
-                "connect_timeout": "5s",
-                "read_timeout": "30s",
-                "timeout": "1h",  # of a whole request, such as an object of many gigabytes
-            },
-            retry_config={
-                "retry_timeout": timedelta(seconds=patience),
-                "max_retries": 1000,
-                "backoff": {"max_backoff": timedelta(seconds=2)},
-            },
-        )
-    except (exceptions.BaseError, ValueError) as error:
-        raise StoreError(f"The bucket {url} cannot be used: {_reason(error)}.") from error
-
-
 def _artifact(meta: Any) -> Artifact:
     return Artifact(meta["path"], meta["size"], meta["last_modified"].timestamp())
-
-
-def _passes(error: Exception) -> bool:
-    """Whether a failure may pass: it is not about us."""
-    lasting = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, exceptions.NotSupportedError)
-    return not isinstance(error, lasting)
-
-
-def _reason(error: BaseException) -> str:
-    """A cause in a few words. obstore adds a page of what is inside of it, and S3's own sentence stands in XML."""
-    text = str(error).split("\n\nDebug source", maxsplit=1)[0].strip()
-    denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
-    if denied or "status code: 403" in text or "status code: 401" in text:
-        return "the credentials of the environment do not allow it"
-    if said := re.search("<Message>([^<]+)</Message>", text):
-        return said[1].rstrip(". ")
-    return " ".join(text.split())[:500].rstrip(".: ") or type(error).__name__

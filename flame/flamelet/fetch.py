@@ -43,6 +43,8 @@ async def fetch(session: Session, url: str, query: Query, settings: Settings) ->
     if settings.accept is not None and digest != settings.accept:
         raise SpecError(f"The code's digest is {digest}, agreed to was {settings.accept}; it was not run.")
     own = {name: value for name in ("dataset", "realm") if (value := getattr(settings, name)) is not None}
+    if "dataset" in own:
+        own["dataset_sha256"] = ""  # what the server promised of another one
     task.config = msgspec.structs.replace(task.config, **own)
     folder = bundle.extract(data, task.config.role, Path(settings.work_dir).absolute(), "the job's code")
     (folder / "config.json").write_bytes(msgspec.json.encode(task.config))

@@ -10,6 +10,7 @@ The parts are mutable: a script may change a hyperparameter before it composes i
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, field
 
-from flame.errors import SpecError
+from flame.errors import DatasetError, SpecError
 from flame.spec.nouns import RestartPolicy, RoundPolicy, TaskConfig
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ class _File(Part, kw_only=True):
     group_association: dict[str, str] = field(default_factory=dict)
     dataset: str | None = ""
     dataset_id: str = ""
+    dataset_sha256: str = ""
     hyperparameters: dict[str, Any] | None = None
     base_model: BaseModel | None = None
     optimizer: Sorted | None = None
@@ -218,7 +220,7 @@ class Config:
     :ivar func_tag_map: channel's name by function tag of this role.
     :ivar group_association: group by channel.
     :ivar peers: how many peers the expansion made, by channel; empty by hand.
-    :ivar dataset: the dataset's URL; empty for a role without one.
+    :ivar dataset: the dataset's URL, or path; empty for a role without one. Where it may be a URL, use ``dataset_path``.
     :ivar from_user: a participant brings this worker: it may sit behind a NAT, whatever its dataset.
     :ivar policy: the round policy.
     :ivar restart: how lost workers are replaced; by hand nobody does.
@@ -242,6 +244,7 @@ class Config:
         self.group_association = document.group_association
         self.peers = document.peers
         self.dataset = document.dataset or ""
+        self._dataset_sha256 = document.dataset_sha256
         self.from_user = document.from_user
         self.hyperparameters = Hyperparameters(document.hyperparameters)
         self.base_model = document.base_model or BaseModel()
@@ -260,6 +263,23 @@ class Config:
     def group(self, channel: str) -> str:
         """This worker's group on a channel."""
         return self.channels[channel].group_by.groupable_value(self.group_association.get(channel))
+
+    @functools.cached_property
+    def dataset_path(self) -> Path:
+        """The dataset as a file of this host: a local one as it is, anything else as a copy, downloaded once a host and version.
+
+        :raises flame.errors.DatasetError: it cannot be had, or is not what was promised.
+        """
+        from flame.sdk.dataset_cache import local_copy
+        from flame.sdk.link import current
+
+        if not self.dataset:
+            raise DatasetError(f"The role {self.role!r} has no dataset; its task in the job names none.")
+        link = current()
+        try:
+            return local_copy(self.dataset, self._dataset_sha256, tell=link.waiting)
+        finally:
+            link.waiting("")
 
     def __repr__(self) -> str:
         return f"Config(task_id={self.task_id!r}, role={self.role!r}, job={self.job.name!r})"

@@ -120,7 +120,14 @@ def expand(
             content = msgspec.json.encode(config, order="deterministic")
             twin = twins[content] = twins.get(content, -1) + 1
             dataset_id = (dataset.id or "") if dataset else ""
-            tasks.append(msgspec.structs.replace(config, taskid=_task_id(job_id, content, twin), dataset_id=dataset_id))
+            tasks.append(
+                msgspec.structs.replace(
+                    config,
+                    taskid=_task_id(job_id, content, twin),
+                    dataset_id=dataset_id,
+                    dataset_sha256=dataset.sha256 if dataset else "",
+                )
+            )
     return tasks
 
 

@@ -138,7 +138,10 @@ class Compute(Form, frozen=True, kw_only=True):
 
 
 class Dataset(Form, frozen=True, kw_only=True):
-    """Data registered by URL and realm. ``id`` is given by the server, or by a file that names one."""
+    """Data registered by URL and realm. ``id`` is given by the server, or by a file that names one.
+
+    :ivar sha256: what the file must have, in hex, where it is downloaded or read; empty for anything.
+    """
 
     id: str | None = None
     name: Name
@@ -147,6 +150,7 @@ class Dataset(Form, frozen=True, kw_only=True):
     data_format: str = ""
     realm: str = "default"
     is_public: bool = False
+    sha256: Annotated[str, Meta(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
 
 
 class DatasetGroups(Form, frozen=True, kw_only=True):
@@ -313,6 +317,7 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     :ivar peers: by channel, how many tasks of the expansion are at the other end in this task's group. A worker waits
         at its start until they are there (at the longest ``policy.join_deadline``); a channel that is missing says nothing.
     :ivar dataset_id: the id of the dataset; empty for a role without one.
+    :ivar dataset_sha256: the SHA-256 that the dataset must have; empty for anything.
     """
 
     taskid: str
@@ -339,3 +344,4 @@ class TaskConfig(Form, frozen=True, kw_only=True):
     peers: dict[str, int] = field(default_factory=dict)
     from_user: bool = False
     dataset_id: str = ""
+    dataset_sha256: str = ""

@@ -151,7 +151,7 @@ def test_a_task_has_all_that_the_sdk_reads(schemas: dict[str, Any], make_job: Ma
         assert key in config
     assert config["job"] == {"id": JOB, "name": "test"}
     assert config["brokers"] == [{"sort": "mqtt", "host": "localhost:1883"}]
-    assert config["registry"] == {"sort": "local", "uri": ""}
+    assert config["registry"] == {"sort": "local", "uri": "", "artifacts": ""}
     assert config["schema"] == "two tiers"
     assert config["maxRunTime"] == 60.0
     assert len(config["taskid"]) == 40
