@@ -64,11 +64,15 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Where the state is kept; else FLAME_DATA_DIR, else ~/.flame/data.",
 )
 @click.option(
-    "--db", metavar="URL", help="The state's database, such as sqlite:///state.db; else flame.db in the data directory."
+    "--db",
+    metavar="URL",
+    envvar="FLAME_SERVE_DB",
+    help="The state's database, such as sqlite:///state.db; else flame.db in the data directory.",
 )
 @click.option(
     "--artifacts",
     metavar="URL",
+    envvar="FLAME_SERVE_ARTIFACTS",
     help="Where models, checkpoints, code and past logs are kept, such as s3://bucket/prefix; else in the data directory.",
 )
 @click.option(
