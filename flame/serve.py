@@ -58,6 +58,7 @@ class ServeSettings:
     :ivar standby: where another server works on the database, wait and take over when it ends or falls silent.
     :ivar takeover: seconds from the last word of a silent server until a standby works in its stead.
     :ivar token: what users must show.
+    :ivar computes: a file with computes that are registered when the server starts; None: none.
     :ivar slots: how many workers may be there at once; None: eight a core.
     :ivar lease: seconds of silence after which a worker counts as lost.
     :ivar private: live while somebody is attached, and take all jobs along.
@@ -82,6 +83,7 @@ class ServeSettings:
     standby: bool = False
     takeover: float = 20.0
     token: str | None = None
+    computes: Path | None = None
     slots: int | None = None
     lease: float = 20.0
     private: bool = False
@@ -190,11 +192,13 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     from flame.notifier import Notifier
     from flame.runners import Runner, make_runner
     from flame.sessions.manager import Manager
+    from flame.spec.load import load_computes
     from flame.spec.nouns import Broker
     from flame.spec.records import ComputeRecord
     from flame.store import DEFAULT_URL, open_store, take_lock
 
     database = settings.db or DEFAULT_URL
+    declared = load_computes(settings.computes) if settings.computes else ()
     async with contextlib.AsyncExitStack() as stack:
         store = open_store(database, data_dir)
         try:
@@ -250,7 +254,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             certificates=settings.tls.client_ca is not None,
         )
         _refuse_openness(settings, guard)
-        await controller.open()
+        await controller.open(declared)
         audit = Audit(data_dir / "audit.log")
         stack.callback(audit.close)
         stack.push_async_callback(manager.close)

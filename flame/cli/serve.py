@@ -97,6 +97,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     type=click.Path(path_type=Path, dir_okay=False),
     help="A file with what users must show.",
 )
+@click.option(
+    "--computes",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    envvar="FLAME_SERVE_COMPUTES",
+    help="A file with a list of computes (as `flame compute create` takes them), registered or brought up to date now.",
+)
 @click.option("--slots", type=click.IntRange(min=1), help="The most workers at once; else eight for each core.")
 @click.option(
     "--lease",
@@ -221,6 +227,7 @@ def serve(
     standby: bool,
     takeover: float,
     token: str | None,
+    computes: Path | None,
     slots: int | None,
     lease: float,
     advertise: str | None,
@@ -276,6 +283,7 @@ def serve(
             token=_token(token, token_file),
             standby=standby,
             takeover=takeover,
+            computes=computes,
             slots=slots,
             lease=lease,
             tls=ServerTls(

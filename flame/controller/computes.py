@@ -46,6 +46,9 @@ class Tenant(Protocol):
     def exited(self, worker: WorkerInfo, how: WorkerExit) -> None:
         """The runner has seen the end of one of our workers that nobody asked to end."""
 
+    def news(self, worker: WorkerInfo, message: str | None) -> None:
+        """What one of our workers waits for before it runs, or why its compute takes it away; None when neither."""
+
     def freed(self) -> None:
         """There may be room that was not there before."""
 
@@ -348,6 +351,7 @@ class Computes:
     async def _look(self, site: Site) -> None:
         if site.runner is None:
             runner = self._make(site.record)
+            runner.on_news = self._news
             try:
                 await runner.open(self._exited)
             except BaseException:
@@ -380,6 +384,11 @@ class Computes:
         for tenant in self._tenants:
             if tenant.owns(worker):
                 tenant.exited(worker, how)
+
+    def _news(self, worker: WorkerInfo, message: str | None) -> None:
+        for tenant in self._tenants:
+            if tenant.owns(worker):
+                tenant.news(worker, message)
 
     def _end_strangers(self, site: Site, workers: Iterable[WorkerInfo]) -> None:
         for worker in workers:

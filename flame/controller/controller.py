@@ -34,7 +34,7 @@ from flame.controller.supervisor import Supervisor
 from flame.errors import Conflict, Forbidden, NotFound, Unauthorized
 from flame.notifier import Notifier
 from flame.runners.base import Runner, WorkerExit, WorkerInfo
-from flame.spec.nouns import JobForm, Registry, TaskConfig
+from flame.spec.nouns import Compute, JobForm, Registry, TaskConfig
 from flame.spec.people import DEFAULT_PROJECT
 from flame.spec.records import ComputeRecord, Event, Job, JobState, Manifest, P2pTls, Round, Task
 from flame.spec.topology import other_end
@@ -80,8 +80,13 @@ class Controller:
         self.draining = False
         self.drained = asyncio.Event()
 
-    async def open(self) -> None:
-        """Connect to the computes and take up what an earlier process of the server has left."""
+    async def open(self, computes: Sequence[Compute] = ()) -> None:
+        """Connect to the computes and take up what an earlier process of the server has left.
+
+        :param computes: those that the operator declares: registered now, or brought up to date.
+        :raises flame.errors.SpecError: the configuration of one does not fit its kind.
+        """
+        await self.register.declare(computes)
         await self.register.ensure_default()
         await recover(self.context, self._watch)
         for job in self.context.logs.jobs():
@@ -500,6 +505,10 @@ class Controller:
     def exited(self, worker: WorkerInfo, how: WorkerExit) -> None:
         """The runner has seen the end of a worker that nobody asked to end."""
         self._active[worker.job].exited(worker, how)
+
+    def news(self, worker: WorkerInfo, message: str | None) -> None:
+        """A compute says what a worker of a job waits for, or why it takes it away."""
+        self._active[worker.job].news(worker, message)
 
     def found(self, compute: str, workers: Sequence[WorkerInfo], asked: float) -> None:
         """A compute is back, and has these workers of jobs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import msgspec
@@ -39,8 +40,24 @@ class Register:
         self._shelf = context.compute_shelf
         self._lock = asyncio.Lock()
 
+    async def declare(self, forms: Sequence[Compute]) -> None:
+        """Register what an operator declares at the start of the server, or bring it up to date. Before the computes are opened.
+
+        :raises flame.errors.SpecError: a configuration does not fit its kind.
+        """
+        for form in forms:
+            self._check(form)
+        for form in forms:
+            saved = await self._shelf.get(form.name)
+            if saved is None:
+                await self._shelf.insert(form.name, _record(form, created_at=time.time()))
+                continue
+            record = _record(form, created_at=saved.record.created_at, drained=saved.record.drained)
+            if record != saved.record:
+                await self._shelf.put(saved, record)
+
     async def ensure_default(self) -> None:
-        """A new server has one compute: its own host. It is changed like any other."""
+        """A new server where nobody has declared another compute has one: its own host. It is changed like any other."""
         if not await self._shelf.find(limit=1):
             record = ComputeRecord(id=DEFAULT, name=DEFAULT, kind=DEFAULT, region=WORLD, created_at=time.time())
             await self._shelf.insert(DEFAULT, record)

@@ -266,9 +266,13 @@ class Supervisor:
     def silent(self, task: str, attempt: int) -> None:
         """A worker's lease ran out."""
         worker = self._crew.get(task, attempt)
-        options = self._context.options
+        options, word = self._context.options, self._crew.word(task, attempt)
+        if word is not None and not self._crew.heard(task, attempt):
+            # It waits to be started: for how long, its compute decides.
+            self._context.leases.begin((self.id, task, attempt), options.deploy)
+            return
         if worker is not None and worker.heard:
-            message = f"Nothing has been heard of its worker for {options.lease:g} s."
+            message = f"Nothing has been heard of its worker for {options.lease:g} s." + (f" {word}" if word else "")
         else:
             message = f"Its worker has not connected within {options.deploy:g} s."
         log.warning("job %s: task %s: %s", self.id, task, message)
@@ -278,6 +282,20 @@ class Supervisor:
     def exited(self, info: WorkerInfo, how: WorkerExit) -> None:
         """The runner has seen the end of a worker that nobody asked to end."""
         self._crew.exited(info, how, self._life.tasks[info.task].role)
+
+    def news(self, info: WorkerInfo, message: str | None) -> None:
+        """The compute says what a worker waits for, or why it takes it away; None when neither."""
+        before = self._crew.hear(info, message)
+        if message != before:
+            self._context.background.spawn(self._explain(info, message, before))
+
+    async def _explain(self, info: WorkerInfo, message: str | None, before: str | None) -> None:
+        async with self._lock:
+            task, life = self._ledger.task(info.task), self._life.tasks[info.task]
+            if life.attempt != info.attempt or life.state.ended or (message is None and task.reason != before):
+                return
+            await self._ledger.save_task(info.task, reason=message)
+            await self._ledger.publish([task_news(self._ledger.task(info.task))])
 
     def found(self, compute: str, workers: Sequence[WorkerInfo], asked: float) -> None:
         """A compute is back, and has these workers of this job."""
@@ -322,6 +340,11 @@ class Supervisor:
     def _hold(self, task: str, attempt: int, compute: str) -> None:
         self._context.computes.hold((self.id, task, attempt), compute, self._need(task).load)
 
+    def _taken(self, task: str, attempt: int) -> str | None:
+        """Why its compute takes a worker away that we want; None where it does not."""
+        unwanted = self.worker(task, attempt).unwanted.is_set()
+        return None if unwanted else self._crew.word(task, attempt)
+
     def _cause(self, task: str, attempt: int, message: str) -> Failure:
         tail = self._context.logs.tail(self.id, task, attempt)
         role = self._life.tasks[task].role
@@ -343,6 +366,9 @@ class Supervisor:
             case said.StateData(state="completed"):
                 await self.handle(events.Completed(task, attempt))
                 self.parted(task, attempt)
+            case said.StateData(state="terminated") if (word := self._taken(task, attempt)) is not None:
+                # The compute takes the worker away, so its flamelet was asked to end. The compute says when nothing is left, and why.
+                log.info("job %s: the worker of %s says farewell: %s", self.id, task, word)
             case said.StateData(state=state):
                 tail = self._context.logs.tail(self.id, task, attempt)
                 failure = said.failure_of(data, task, role, attempt, tail)

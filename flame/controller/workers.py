@@ -90,6 +90,7 @@ class Crew:
         self._placed = placed
         self._workers: dict[tuple[str, int], Worker] = {}
         self._early: dict[tuple[str, int], WorkerExit] = {}
+        self._words: dict[tuple[str, int], str] = {}
 
     def get(self, task: str, attempt: int) -> Worker | None:
         """The worker of an attempt, also one that is gone; None for one that never was."""
@@ -98,6 +99,26 @@ class Crew:
     def all(self) -> list[Worker]:
         """Every worker there was since this process of the server began."""
         return list(self._workers.values())
+
+    def word(self, task: str, attempt: int) -> str | None:
+        """What the compute says: what a worker waits for, or why it is taken away; None where it says nothing."""
+        return self._words.get((task, attempt))
+
+    def hear(self, info: WorkerInfo, message: str | None) -> str | None:
+        """The compute says something of a worker; gives what it said before."""
+        key = (info.task, info.attempt)
+        before = self._words.pop(key, None)
+        if message is not None:
+            self._words[key] = message
+        elif before is not None and not self.heard(*key) and (self._job, *key) in self._context.leases:
+            # It was started only now, so its time to connect begins now.
+            self._context.leases.begin((self._job, *key), self._context.options.deploy)
+        return before
+
+    def heard(self, task: str, attempt: int) -> bool:
+        """Whether a worker has ever connected."""
+        worker = self.get(task, attempt)
+        return worker is not None and worker.heard
 
     def begin(self, task: str, attempt: int, role: str, compute: str, *, delay: float = 0.0) -> None:
         """Start a worker. If it cannot be started, it is gone, and the cause says why.
@@ -135,7 +156,10 @@ class Crew:
         options = self._context.options
         self._context.leases.begin((self._job, info.task, info.attempt), max(options.lease, options.reunion))
         worker.info = info
-        worker.heard = True
+        if self.word(info.task, info.attempt) is None:
+            worker.heard = True
+        else:  # it waits to be started, and could not yet connect
+            self._context.leases.begin((self._job, info.task, info.attempt), options.deploy)
         worker.since = asyncio.get_running_loop().time()
         worker.started.set()
         early = self._early.pop((info.task, info.attempt), None)
@@ -272,6 +296,7 @@ class Crew:
         if worker.gone.is_set():
             return
         worker.gone.set()
+        self._words.pop((worker.task, worker.attempt), None)
         self._context.leases.drop(key)
         await self._happened(Gone(worker.task, worker.attempt, failure))
         self._context.logs.close(*key)

@@ -50,7 +50,9 @@ def test_an_image_that_is_nowhere_fails_the_job_with_its_name(flame: Flame) -> N
 
 
 def test_a_worker_out_of_memory_fails_the_job_with_that_cause(flame: Flame) -> None:
-    job = flame.submit("hungry", 1, hyperparameters={"eat": True}, resources={"trainer": {"memory": "200Mi"}})
+    job = flame.submit(
+        "hungry", 1, hyperparameters={"eat": True}, placement={"trainer": {"resources": {"memory": "200Mi"}}}
+    )
     done = flame.ended(job)
     assert done["state"] == "failed"
     assert "out of memory" in done["failure"]["message"] or "OOM" in done["failure"]["message"], done["failure"]

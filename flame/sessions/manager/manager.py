@@ -792,6 +792,11 @@ class Manager:
             self._failed_to_start(executor, f"An executor ended before it served a task. {cause}", died=killed)
         self._lose(executor, cause)
 
+    def news(self, worker: WorkerInfo, message: str | None) -> None:
+        """A compute says what an executor waits for, or why it takes it away. Its end, with the cause, is told besides."""
+        if message is not None:
+            log.info("executor %s: %s", worker.task, message)
+
     def freed(self) -> None:
         """There may be room that was not there before."""
         self.wake()
