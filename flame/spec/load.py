@@ -135,16 +135,6 @@ def load_design(source: str | FilePath) -> DesignForm:
     return shape(data, DesignForm, Places({(): (name, ())}))
 
 
-def load_computes(source: str | FilePath) -> list[Compute]:
-    """Read a file with one compute, or with a list."""
-    data, name = read_noun(source)
-    several = isinstance(data, list)
-    return [
-        shape(one, Compute, Places({(): (name, (index,) if several else ())}))
-        for index, one in enumerate(data if several else [data])
-    ]
-
-
 class _Loader:
     """The state of reading one JOB: what was read so far, where, and what is to be told."""
 

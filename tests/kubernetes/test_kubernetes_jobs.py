@@ -42,8 +42,7 @@ def test_a_job_completes_with_its_workers_as_pods(flame: Flame, namespace: str) 
 
 def test_an_image_that_is_nowhere_fails_the_job_with_its_name(flame: Flame) -> None:
     flame_image = "registry.invalid/nothing/like-this:1"
-    flame("compute", "update", "cluster", "--set", f"config.image={flame_image}")
-    job = flame.submit("lost-image", 1)
+    job = flame.submit("lost-image", 1, placement={"trainer": {"image": flame_image}})
     done = flame.ended(job)
     assert done["state"] == "failed"
     assert f"Its image '{flame_image}' cannot be pulled" in done["failure"]["message"]
