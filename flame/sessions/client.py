@@ -490,6 +490,10 @@ class Session:
                 elif state == wire.FAILED:
                     why = msgspec.msgpack.decode(payload, type=WorkFailure)
                     future.set_exception(TaskFailed(why.type, why.message, why.trace, task))
+                    if (
+                        why.type == "SessionFailed"
+                    ):  # all of them, and for one reason: it need not be told a thousand times
+                        future.exception()
                 else:
                     future.set_exception(TaskCancelled(f"Task {task} was cancelled."))
                     future.exception()

@@ -49,7 +49,10 @@ def gather(what: Any, folder: str | Path | None = None) -> Code:
     path = _file(module)
     if path is None:
         return Code(f"notebook:{name}", bundle.pack_files({"notebook.py": _from_objects(what).encode()}))
-    if module.__name__ == "__main__":
+    spec = getattr(module, "__spec__", None)
+    if module.__name__ == "__main__" and spec is not None:  # python -m package.module
+        home = spec.name.removesuffix(".__main__")
+    elif module.__name__ == "__main__":
         home = re.sub(r"\W", "_", path.stem)
         home = home if home.isidentifier() else f"script_{home}"
     else:

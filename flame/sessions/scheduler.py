@@ -6,8 +6,8 @@ water fills a vessel from its lowest place. A group (``batch``) is placed as a w
 
 Shares of whole executors cannot always be those of the weights: of three equal sessions on two slots somebody has none. So
 what counts is what a session *has had*: :class:`Service` adds up slot-seconds over weight, and who is behind gets the next
-executor. Whoever holds one keeps it until it is ahead by :data:`QUANTUM`, because changing sides costs more than being a
-little unfair for a moment.
+executor. Whoever holds one keeps it until it is ahead by half of :data:`QUANTUM` or so, because changing sides costs more than
+being a little unfair for a moment.
 
 :func:`plan` compares what ought to be with what is, and says what to do: bind an idle executor, start one, let one go. It takes an
 executor away from a session only for one that lacks it. All this is asked whenever something has happened; nothing ticks.
@@ -195,7 +195,7 @@ def deserve(
         have = given[need.id]
         ahead = need.had + (have + need.batch) * need.slots * QUANTUM / need.weight
         keeps = have + need.batch <= held.get(need.id, 0)
-        return ahead - (QUANTUM * need.slots * need.batch / need.weight if keeps else 0.0)
+        return ahead - (QUANTUM * need.slots * need.batch / need.weight / 2 if keeps else 0.0)
 
     active = [need for need in needs if need.wants and not need.blocked]
     for need in sorted(active, key=lambda need: (-need.priority, need.had, need.order)):
@@ -322,7 +322,7 @@ class Service:
         wait = frozenset(waiting) & self.had.keys()
         base = min((self.had[name] for name in wait & self._waiting if self.had[name] >= 0), default=None)
         if base is None:
-            base = max(self.had.values(), default=0.0)
+            base = max(0.0, *self.had.values())
         for name, had in self.had.items():
             if had < base and (had < 0 or name not in self._waiting):
                 self.had[name] = base

@@ -13,7 +13,7 @@ from flame.controller.placement import Load
 from flame.controller.shelf import Saved
 from flame.runners.base import WorkerInfo
 from flame.sessions import wire
-from flame.sessions.lifecycle import Work
+from flame.sessions.lifecycle import Work, follows
 from flame.sessions.link import Link
 from flame.sessions.scheduler import Held
 from flame.spec.sessions import ExecutorRecord, ExecutorState
@@ -74,6 +74,15 @@ class Executor:
         record = self.record
         resources = record.resources
         return Load(record.slots, resources.cpu or 0.0, resources.memory_bytes or 0, resources.gpu)
+
+    def become(self, state: ExecutorState) -> None:
+        """Go from one state to the next.
+
+        :raises ValueError: it is not one that follows.
+        """
+        if not follows(self.state, state):
+            raise ValueError(f"executor {self.id} is {self.state.value} and cannot become {state.value}")
+        self.state = state
 
     def held(self) -> Held:
         """It for the scheduler."""

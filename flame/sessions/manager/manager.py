@@ -371,7 +371,7 @@ class Manager:
             self._results(executor, link, message[1], message[2], message[3])
         elif kind == wire.BOUND:
             if executor.state is ExecutorState.BINDING and live is not None and live.id == message[1]:
-                executor.state = ExecutorState.BOUND
+                executor.become(ExecutorState.BOUND)
                 live.failed = live.died = 0
                 self._serve(live)
         elif kind == wire.BIND_FAILED:
@@ -415,11 +415,11 @@ class Manager:
         if executor.live is not None:  # what it had not begun, it has let go of
             self._drop(executor)
         if session is None:
+            executor.state = ExecutorState.IDLE
             if executor.live is not None and not executor.live.closing:
                 self._bind(executor, executor.live)
             else:
                 self._part(executor)
-                executor.state = ExecutorState.IDLE
                 executor.leaving = False
                 self._idle(executor)
         else:
@@ -617,7 +617,7 @@ class Manager:
         executor.leaving = False
         live.executors[executor.id] = executor
         executor.never("idle")
-        executor.state = ExecutorState.BINDING
+        executor.become(ExecutorState.BINDING)
         executor.send(wire.BIND, live.id, live.common)
         self._serve(live)
         self._after_work(executor)
@@ -656,16 +656,18 @@ class Manager:
         if executor.state is ExecutorState.STARTING:
             self._lose(executor, "It is not needed any more.")
             return
-        executor.state = ExecutorState.UNBINDING
+        executor.become(ExecutorState.UNBINDING)
         executor.send(wire.REVOKE, None)
         executor.send(wire.UNBIND)
 
     def _unbound(self, executor: Executor) -> None:
         self._drop(executor)
         self._part(executor)
-        if executor.releasing:
+        if executor.releasing or executor.state is ExecutorState.IDLE:
             return
-        executor.state = ExecutorState.IDLE
+        if executor.state is not ExecutorState.UNBINDING:  # an order that was given before its connection broke
+            executor.become(ExecutorState.UNBINDING)
+        executor.become(ExecutorState.IDLE)
         executor.leaving = False
         self._idle(executor)
         self.wake()
