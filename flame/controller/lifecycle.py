@@ -303,6 +303,9 @@ def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
         case Failed(failure=failure):
             if _replaceable(job, task, event):
                 job = _replace(job, task, failure, actions, parting=True)
+            elif _too_late(job, task):
+                actions.append(Warn(f"Task {task.id} ({task.role}) failed when the work was done: {failure.message}"))
+                job = _ran(job, replace(task, state=TaskState.COMPLETED), actions)
             else:
                 job = _fail(job, task, failure, actions, parting=True)
         case Missing() if not task.brought and job.state is not JobState.STOPPING and task.state is TaskState.DEPLOYING:
@@ -466,9 +469,7 @@ def _superfluous(job: JobLife) -> list[TaskLife]:
 
     Who aggregates is done when the work is; where nobody does, the model must be there, and another one at the end.
     """
-    others = [task for task in job.tasks.values() if task.role not in job.consumers]
-    done = any(task.state is TaskState.COMPLETED for task in job.tasks.values())
-    if not done or (not others and not job.delivered) or any(task.state is not TaskState.COMPLETED for task in others):
+    if not _delivered(job):
         return []
     return [
         task
@@ -478,6 +479,19 @@ def _superfluous(job: JobLife) -> list[TaskLife]:
         and not task.state.ended
         and task.state is not TaskState.READY
     ]
+
+
+def _delivered(job: JobLife) -> bool:
+    """Who aggregates has done its work; where nobody does, there is the model and a worker that has seen it kept."""
+    others = [task for task in job.tasks.values() if task.role not in job.consumers]
+    done = any(task.state is TaskState.COMPLETED for task in job.tasks.values())
+    return done and (bool(others) or job.delivered) and all(task.state is TaskState.COMPLETED for task in others)
+
+
+def _too_late(job: JobLife, task: TaskLife) -> bool:
+    """A data consumer that has lost sight of the others while one of them was replaced, and gave up when they had done the work."""
+    disturbed = any(other.attempt > 1 for other in job.tasks.values())
+    return disturbed and task.role in job.consumers and job.state is JobState.RUNNING and _delivered(job)
 
 
 def _has_run(task: TaskLife) -> bool:

@@ -19,7 +19,7 @@ import pytest
 from flame.client import Client
 from flame.serve import ServeSettings, serve
 from flame.spec import bundle
-from flame.spec.nouns import Channel, Dataset, DatasetGroups, JobForm, Role, Schema
+from flame.spec.nouns import Channel, Dataset, DatasetGroups, JobForm, RestartPolicy, Role, Schema
 
 DONE = "print('done')\n"
 
@@ -46,6 +46,7 @@ def form(code: str, *, trainers: int = 2, **fields: Any) -> JobForm:
     given: dict[str, Any] = {
         "name": "digits",
         "code": code,
+        "restart": RestartPolicy(attempts=0),
         "schema": Schema(
             name="two tiers",
             roles=[

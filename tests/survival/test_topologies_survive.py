@@ -1,6 +1,7 @@
 """In every topology a job whose workers are killed ends by itself, with all of its rounds; and where it is deterministic and the
 topology can (docs/reliability.md), with the model of the undisturbed run."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from survivalkit import asynchronous, bits, coordinated, finish, hybrid, peers, rounds, tree
+
+ROOT = Path(__file__).parents[2]
 
 EXACT = {
     "tree": (
@@ -58,3 +61,16 @@ def test_all_rounds_are_done(tmp_path, topology):
     document, models = finish(tmp_path, make(tmp_path / "job"), wishes)
     assert rounds(document) == [1, 2, 3, 4, 5]
     assert models
+
+
+def test_a_split_network_goes_back_to_a_round_that_all_of_its_parties_have(tmp_path):
+    pytest.importorskip("torch")
+    shutil.copytree(ROOT / "examples" / "vertical", tmp_path / "vertical")
+    job = tmp_path / "vertical" / "job.yaml"
+    job.write_text(job.read_text().replace("rounds: 8", "rounds: 4") + "policy: {deterministic: true}\n")
+    document, models = finish(tmp_path, tmp_path / "vertical")
+    wishes = ["laboratory@forward@2.kill", "clinic@train+@3.kill"]
+    again, found = finish(tmp_path, tmp_path / "vertical", wishes, "disturbed")
+    assert rounds(again) == rounds(document) == [1, 2, 3, 4]
+    assert len(models) == 4
+    assert bits(found) == bits(models)

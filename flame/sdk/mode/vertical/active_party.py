@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flame.errors import DeadlineExceeded, RoundFailed, WorkerError
 from flame.sdk.channel import Channel
+from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.gathering import await_all
@@ -27,7 +28,12 @@ from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.roundkeeper import RoundKeeper
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.mode.vertical.alignment import common, hashed
+from flame.sdk.mode.vertical.rewind import PartyLost, Rewinding
 from flame.sdk.mode.vertical.split import (
+    ANEW,
+    BACK_TO,
+    HAS,
+    KEEP,
     PURPOSE,
     TAG_ALIGN,
     TAG_BACKWARD,
@@ -46,9 +52,11 @@ log = logging.getLogger(__name__)
 CHUNK = 4096
 #: How long a party may take the word that the work is done, in seconds.
 FAREWELL_SECONDS = 10.0
+#: How long parties are waited for that may be there, or may have heard already that the work is done, in seconds.
+LATE_SECONDS = 3.0
 
 
-class ActiveParty(RoundKeeper):
+class ActiveParty(RoundKeeper, Rewinding):
     """Has the labels and the top model.
 
     The user writes ``load_data``, which sets :attr:`ids` and :attr:`y` (and :attr:`held_out`), ``initialize``, which sets
@@ -66,7 +74,6 @@ class ActiveParty(RoundKeeper):
     ids: Sequence[Any]
     y: Any
     held_out: Any = None
-    optimizer: Any = None
     parties: list[str]
     training_rows: Any
     held_out_rows: Any
@@ -79,6 +86,8 @@ class ActiveParty(RoundKeeper):
     _widths: dict[str, int]
     _absent: dict[str, str]  # why: for this round those that are late, for good those that have left
     _gone: set[str]
+    _patient: bool = False  # who has left is replaced, and waited for
+    _anew: bool = False
 
     # What a user may replace.
 
@@ -109,20 +118,72 @@ class ActiveParty(RoundKeeper):
         :raises flame.errors.RoundFailed: too few parties.
         :raises flame.errors.WorkerError: there is no sample that all have.
         """
-        torch = pytorch()
         channel = self.channel(tag)
         self.optimizer = make_optimizer(self)
-        self._order = torch.Generator().manual_seed(int(self.config.hyperparameters.get("seed", 0)))
-        self._gradients, self._widths, self._absent, self._gone = {}, {}, {}, set()
+        self._order = pytorch().Generator().manual_seed(int(self.config.hyperparameters.get("seed", 0)))
+        self._remember_beginning()
+        self._patient = self.config.restart.of(channel.other_role()).attempts > 0
+        if self._available()[-1] >= self._rounds and self._go_back(self._rounds):
+            # Its predecessor was about to say so: the parties need not be here any more.
+            self._ends, self._gradients, self._work_done, self._round = [], {}, True, self._rounds + 1
+            channel.wait_until(
+                lambda: len(channel.all_ends()) >= self.config.peers.get(channel.name(), 0), LATE_SECONDS
+            )
+            return
+        self._align_until_all_are_there(channel)
+
+    def _align_until_all_are_there(self, channel: Channel) -> None:
+        while True:
+            try:
+                return self._align(channel)
+            except PartyLost:
+                self._call_together(channel)
+
+    def _call_together(self, channel: Channel) -> None:
+        """Tell all to align anew."""
+        channel.broadcast({MessageType.METADATA: {ANEW: True}}, timeout=FAREWELL_SECONDS, kind="vertical")
+
+    def realign(self) -> None:
+        """What the tasklet ``realign`` does: when a party was lost in the middle of a round, go back with all of them."""
+        if self._anew:
+            self._anew = False
+            channel = self.channel(TAG_ALIGN)
+            self.link.warning(f"A party is replaced in round {self._round}: all go back to a round that all have.")
+            self.take_metrics()
+            self._call_together(channel)
+            self._align_until_all_are_there(channel)
+
+    def _unless_lost(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A step of the round, which is broken off when a party is lost."""
+
+        def step() -> None:
+            if not self._anew:
+                try:
+                    work()
+                except PartyLost:
+                    self._anew = True
+
+        return step
+
+    def _align(self, channel: Channel) -> None:
+        self._gradients, self._widths, self._absent, self._gone, self._ends = {}, {}, {}, set(), []
+        self._deadline = None
         mine = hashed(ids_of(self), self.cm.secret(PURPOSE))
         await_all(self, channel, self._fewest())
         hashes: dict[str, Any] = {}
         names: dict[str, str] = {}
-        for message, (end, _) in channel.recv_fifo(channel.all_ends()):
-            if message is None:
-                self._absent[end] = "left"
-                continue
-            hashes[end], names[end] = np.array(message.get(MessageType.IDS)), str(message.get(MessageType.NAME))
+        common_rounds = set(self._available())
+        pending = set(channel.all_ends())
+        while pending:
+            for message, (end, _) in channel.recv_fifo(list(pending)):
+                if message is None:
+                    self._lose(end, "left")
+                elif MessageType.IDS not in message:
+                    continue  # an answer of the time before
+                else:
+                    hashes[end], names[end] = np.array(message.get(MessageType.IDS)), str(message.get(MessageType.NAME))
+                    common_rounds &= set((message.get(MessageType.METADATA) or {}).get(HAS, [0]))
+                pending.discard(end)
         self._ends = sorted(names, key=lambda end: names[end])
         self.parties = [names[end] for end in self._ends]
         twice = next((name for name in self.parties if self.parties.count(name) > 1), None)
@@ -134,8 +195,13 @@ class ActiveParty(RoundKeeper):
             raise WorkerError(
                 f"No sample is known to all of {', '.join(self.parties)} and this party: see that ids are spelt the same."
             )
+        back = max(common_rounds, default=0)
+        if (back or self._step) and not self._go_back(back):
+            raise WorkerError(f"What was kept of round {back} cannot be read.")
         for end, rows in zip(self._ends, others, strict=True):
-            self._tell(channel, end, {MessageType.ROWS: rows})
+            self._tell(channel, end, {MessageType.ROWS: rows, MessageType.METADATA: {BACK_TO: back}})
+        self._round = back + 1
+        self._work_done = self._round > self._rounds
         log.info("%d samples are common to %s and this party, of %d.", len(own), ", ".join(self.parties), len(mine))
         self._place(own, len(mine))
 
@@ -157,6 +223,7 @@ class ActiveParty(RoundKeeper):
     def train(self) -> None:
         """What the tasklet ``train`` does: learn from each batch. Reports the mean loss as ``loss``."""
         self._started = time.monotonic()
+        self._seed_round(self._round)
         self._absent = {end: reason for end, reason in self._absent.items() if end in self._gone}
         total, count = 0.0, 0
         for rows in self.batches():
@@ -279,6 +346,8 @@ class ActiveParty(RoundKeeper):
         return policy.min_trainers if policy.min_trainers > 1 or policy.round_deadline is not None else None
 
     def _lose(self, end: str, reason: str, *, for_good: bool = True) -> None:
+        if for_good and self._patient:
+            raise PartyLost(end)
         if end not in self._absent:
             self._absent[end] = reason
             self._gradients.pop(end, None)
@@ -305,11 +374,38 @@ class ActiveParty(RoundKeeper):
     def _called(self, end: str) -> str:
         return self.parties[self._ends.index(end)] if end in self._ends else end
 
+    # What is kept.
+
+    def _state(self) -> State:
+        """See :class:`Role`: also where the order of the samples is."""
+        state = super()._state()
+        state.arrays["order"] = self._order.get_state().numpy()
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        self._order.set_state(pytorch().from_numpy(np.array(state.arrays["order"])))
+
+    def keep_round(self) -> None:
+        """See :class:`RoundKeeper`: all parties keep the round, once the last gradients have arrived."""
+        last = self._round >= self._rounds
+        if not (self._strict and self._round % self.config.policy.checkpoint.every == 0) and not self._kept.due(
+            self._round, last=last
+        ):
+            return
+        self._deadline = None
+        for end in self._ends:
+            if end not in self._absent:
+                message = {MessageType.ROUND: self._round, MessageType.METADATA: {KEEP: True}}
+                self._tell(self.channel(TAG_FORWARD), end, {**message, **self._gradient(end)})
+        self._keep_state(self._round)
+
     # At the end.
 
     def inform_end_of_training(self) -> None:
         """Give out the last gradients, and tell all parties that the work is done."""
         channel = self.channel(TAG_FORWARD)
+        self._patient = False
         self._deadline = time.monotonic() + FAREWELL_SECONDS
         for end in list(self._gradients):
             self._tell(channel, end, self._gradient(end))
@@ -326,20 +422,22 @@ class ActiveParty(RoundKeeper):
             initialize = Tasklet("initialize", self.initialize)
             base_model = Tasklet("load_base_model", self.load_base_model)
             align = Tasklet("align", self.align, TAG_ALIGN)
-            train = Tasklet("train", self.train)
-            evaluate = Tasklet("evaluate", self.evaluate)
-            save_metrics = Tasklet("save_metrics", self.save_metrics)
-            inc_round = Tasklet("inc_round", self.increment_round)
+            realign = Tasklet("realign", self.realign)
+            train = Tasklet("train", self._unless_lost(self.train))
+            evaluate = Tasklet("evaluate", self._unless_lost(self.evaluate))
+            save_metrics = Tasklet("save_metrics", self._unless_lost(self.save_metrics))
+            checkpoint = Tasklet("checkpoint", self._unless_lost(self.keep_round))
+            inc_round = Tasklet("inc_round", self._unless_lost(self.increment_round))
             inform = Tasklet("inform_end_of_training", self.inform_end_of_training)
             save_model = Tasklet("save_model", self.save_model)
-            loop = Loop(loop_check_fn=lambda: self._work_done)
+            loop = Loop(loop_check_fn=lambda: self._work_done, skip_fn=lambda: self._work_done)
         (
             internal_init
             >> load_data
             >> initialize
             >> base_model
             >> align
-            >> loop(train >> evaluate >> save_metrics >> inc_round)
+            >> loop(realign >> train >> evaluate >> save_metrics >> checkpoint >> inc_round)
             >> inform
             >> save_model
         )

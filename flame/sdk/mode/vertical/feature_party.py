@@ -20,10 +20,14 @@ from flame.sdk.channel import Channel
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.message import MessageType
-from flame.sdk.mode.role import Role
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.mode.vertical.alignment import hashed
+from flame.sdk.mode.vertical.rewind import PartyLost, Rewinding
 from flame.sdk.mode.vertical.split import (
+    ANEW,
+    BACK_TO,
+    HAS,
+    KEEP,
     PURPOSE,
     TAG_ALIGN,
     TAG_BACKWARD,
@@ -43,7 +47,7 @@ log = logging.getLogger(__name__)
 ARTIFACT_SECONDS = 600.0
 
 
-class FeatureParty(Role):
+class FeatureParty(Rewinding):
     """Has features of the samples, and no labels.
 
     The user writes ``load_data``, which sets :attr:`ids` and :attr:`x`, and ``initialize``, which sets ``self.model`` to a
@@ -57,12 +61,12 @@ class FeatureParty(Role):
     ids: Sequence[Any]
     x: Any
     name: str = ""
-    optimizer: Any = None
     _source: str = ""
     _rows: Any = None
     _request: Message | None = None
     _outputs: Any = None  # of the last request, with the graph behind them
     _step: int = 0
+    _seeded: int = 0
 
     def forward(self, rows: Any) -> Any:
         """The bottom model's outputs for some samples; for the user to replace where the model takes more than :attr:`x`.
@@ -75,37 +79,64 @@ class FeatureParty(Role):
     def align(self, tag: str = TAG_ALIGN) -> None:
         """What the tasklet ``align`` does: agree with the others on the samples that all have."""
         channel = self.channel(tag)
-        self.optimizer = make_optimizer(self)
+        if self.optimizer is None or not hasattr(self, "_states"):
+            self.optimizer = make_optimizer(self)
+            self._remember_beginning()
+        self._request = self._outputs = None
         hashes = hashed(ids_of(self), self.cm.secret(PURPOSE))
         self.await_peer(channel)
         self._source = next(iter(channel.heard()), None) or channel.one_end()
-        told = {MessageType.IDS: hashes, MessageType.NAME: self.name or self._called()}
+        told = {
+            MessageType.IDS: hashes,
+            MessageType.NAME: self.name or self._called(),
+            MessageType.METADATA: {HAS: self._available()},
+        }
         try:
             channel.send(self._source, told, kind="ids")
-        except EndLeft as error:
-            raise self._orphaned(channel) from error
-        message = self._receive(channel)
+            message = self._receive(channel)
+            while ANEW in (message.get(MessageType.METADATA) or {}):  # said before it had heard of this party
+                message = self._receive(channel)
+        except (EndLeft, PartyLost) as error:
+            self._orphaned(channel, error)
+            return self.align(tag)
         if self._work_done:
-            return
+            return None
+        back = (message.get(MessageType.METADATA) or {}).get(BACK_TO, 0)
+        if (back or self._round > 1 or self._step) and not self._go_back(back):
+            raise WorkerError(f"The others go back to round {back}, and what this party had kept of it cannot be read.")
+        self._step = self._seeded = 0
         rows = np.asarray(message.get(MessageType.ROWS))
         if rows.dtype != np.int64 or rows.ndim != 1 or ((rows < 0) | (rows >= len(hashes))).any():
             raise WorkerError("What the active party sent as the common samples are no rows of this party's.")
         self._rows = pytorch().from_numpy(np.array(rows))
         log.info("%d of %d samples are common to all parties.", len(rows), len(hashes))
+        return None
 
     def get(self, tag: str) -> None:
         """What the tasklets ``fetch`` and ``backward`` do: take a request, and step along the gradients that came with it."""
         if self._work_done:
             return
         if tag == TAG_FORWARD:
-            self._request = self._receive(self.channel(tag))
+            channel = self.channel(tag)
+            try:
+                self._request = self._receive(channel)
+            except PartyLost as error:
+                self._orphaned(channel, error)
+                self.align()
+            else:
+                if ANEW in (self._request.get(MessageType.METADATA) or {}):
+                    self.align()
         elif tag == TAG_BACKWARD:
             self._backward()
 
     def put(self, tag: str) -> None:
         """What the tasklet ``forward`` does: run the bottom model and send what it gives."""
         request = self._request
-        if tag != TAG_FORWARD or request is None or MessageType.ROWS not in request:
+        if tag != TAG_FORWARD or request is None:
+            return
+        if KEEP in (request.get(MessageType.METADATA) or {}):
+            self._keep_state(request[MessageType.ROUND])
+        if MessageType.ROWS not in request:
             return
         torch = pytorch()
         at = np.asarray(request[MessageType.ROWS])
@@ -115,6 +146,9 @@ class FeatureParty(Role):
         training = bool(request.get(MessageType.TRAINING))
         self._step = request[MessageType.STEP]
         self._round = request.get(MessageType.ROUND, self._round)
+        if training and self._seeded != self._round:
+            self._seeded = self._round
+            self._seed_round(self._round)
         self.model.train(training)
         with torch.set_grad_enabled(training):
             outputs = self.forward(rows)
@@ -128,7 +162,7 @@ class FeatureParty(Role):
                 kind="activations",
             )
         except EndLeft as error:
-            raise self._orphaned(channel) from error
+            log.info("The outputs of step %d are lost: %s", self._step, error)  # the next fetch sees that it is gone
 
     def _backward(self) -> None:
         outputs, self._outputs = self._outputs, None
@@ -146,15 +180,21 @@ class FeatureParty(Role):
     def _receive(self, channel: Channel) -> Message:
         message, _ = channel.recv(self._source)
         if message is None:
-            raise self._orphaned(channel)
+            raise PartyLost(self._source)
         self._work_done = bool(message.get(MessageType.EOT))
         return message
 
-    def _orphaned(self, channel: Channel) -> WorkerError:
-        return WorkerError(
-            f"The active party left channel {channel.name()} before the work was done. It has the labels and the top model: "
-            "nobody can take its place."
-        )
+    def _orphaned(self, channel: Channel, error: Exception) -> None:
+        """The active party is gone.
+
+        :raises flame.errors.WorkerError: nobody will take its place.
+        """
+        if self.config.restart.of(channel.other_role()).attempts == 0:
+            raise WorkerError(
+                f"The active party left channel {channel.name()} before the work was done. It has the labels and the top model: "
+                "nobody can take its place."
+            ) from error
+        log.info("The active party has left; waiting for the one that takes its place.")
 
     def _called(self) -> str:
         return PurePosixPath(urlsplit(self.config.dataset).path).stem or self.config.task_id

@@ -17,6 +17,11 @@ TAG_BACKWARD = "backward"
 PURPOSE = "vertical: sample ids"
 
 
+#: Small values beside a message: the rounds that a party can go back to; the one that all go back to; that all shall align anew; that
+#: all shall keep this round.
+HAS, BACK_TO, ANEW, KEEP = "has", "back", "anew", "keep"
+
+
 def pytorch() -> Any:
     """The module ``torch``.
 

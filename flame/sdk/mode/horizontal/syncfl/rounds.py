@@ -40,6 +40,8 @@ TAG_AGGREGATE = "aggregate"
 PROP_BUSY = "busy"
 #: How long an end may take the word that the work is done, in seconds.
 FAREWELL_SECONDS = 10.0
+#: How long an aggregator in another one's place waits for ends that may have heard already that the work is done, in seconds.
+LATE_SECONDS = 3.0
 #: What is left of a deadline that is over, to take what has arrived by then.
 LAST_LOOK_SECONDS = 1.0
 
@@ -428,6 +430,9 @@ class RoundAggregator(Role):
     def inform_end_of_training(self) -> None:
         """Tell all who wait for a model that the work is done."""
         channel = self.channel(TAG_DISTRIBUTE)
+        if self.attempt > 1:  # some may wait for it since its predecessor was lost; or all have heard it already
+            here = self.config.peers.get(channel.name(), 0)
+            channel.wait_until(lambda: len(channel.all_ends()) >= here, LATE_SECONDS)
         failed = channel.broadcast({MessageType.EOT: True}, timeout=FAREWELL_SECONDS, kind="eot")
         for end, reason in failed.items():
             log.info("%s was not told that the work is done: it %s.", end, reason)
