@@ -8,9 +8,10 @@ recognises the work of the first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -30,6 +31,8 @@ Fields = dict[str, Any]
 Collection = AsyncCollection[Fields]
 
 VERSION = 1
+#: Seconds after which what a process has begun and not ended counts as given up; twice as long as a write waits for a server.
+ABANDONED = 120.0
 _PATIENCE = 60.0
 _FIRST_PATIENCE = 10.0
 
@@ -45,8 +48,9 @@ class MongoServer:
     Two ways of compare-and-set serve two kinds of server. MongoDB finds a document by ``_id`` and compares the
     rest in the same atomic step. FerretDB 1 reads the whole collection for any filter that holds more than an
     ``_id``, and what it has found it changes in a second step, which is not atomic. There the comparison is a read of our
-    own, and changes of one document take turns within this process. So on FerretDB, and only there,
-    compare-and-set does not hold between two server processes; inserting an ``_id`` does everywhere.
+    own, and changes of one document take turns: within this process by a lock of its own, and between processes by a claim, a document
+    that is named after the change (the document and what is expected of it), because inserting an ``_id`` is
+    atomic everywhere. A server that holds the lock of the database (``guard``) is alone, and needs no claims.
 
     :param url: ``mongodb://[user:password@]host[:port]/[database][?options]``; the database's name is ``flame`` by default.
     :raises flame.errors.UsageError: the URL is malformed.
@@ -160,8 +164,8 @@ class MongoServer:
 
         async def attempt(again: bool) -> bool:
             if self.by_id_alone:
-                async with self.turn(f"{collection.name}/{id}"):
-                    found = await collection.find_one({"_id": id})
+                async with self.turn(f"{collection.name}/{id}"), self._claim(collection, id, expected) as ours:
+                    found = await collection.find_one({"_id": id}) if ours else None
                     matched = found is not None and all(found.get(name) == expected[name] for name in expected)
                     if matched:
                         await collection.update_one({"_id": id}, update)
@@ -173,6 +177,31 @@ class MongoServer:
             return found is not None and landed(found)
 
         return await self.patiently(attempt)
+
+    @contextlib.asynccontextmanager
+    async def _claim(self, collection: Collection, id: str, expected: Mapping[str, Any]) -> AsyncIterator[bool]:
+        """Be the only process that makes this change; False if another one is at it.
+
+        A process that was killed in between leaves its claim behind, which holds for as long as its change could take.
+        """
+        if self.guard is not None:
+            yield True
+            return
+        claims = collection.database["claims"]
+        name = f"{collection.name}/{id}@{sorted(expected.items())}"
+        claim = {"_id": name, "op": sign(), "at": time.time()}
+        try:
+            await claims.insert_one(claim)
+        except errors.DuplicateKeyError:
+            there = await claims.find_one({"_id": name})
+            if there is not None and time.time() - there["at"] > ABANDONED:
+                await claims.delete_one({"_id": name})  # for the next try
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            await claims.delete_one({"_id": name})
 
     async def remove(self, collection: Collection, id: str, **expected: Any) -> bool:
         """Delete a document, if some of its fields have the expected values; False if there was none."""

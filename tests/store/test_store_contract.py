@@ -84,6 +84,31 @@ async def test_concurrent_increments_by_compare_and_set_lose_none(store: Store) 
     assert await store.get("jobs", "1") == ("1", 21, {"count": 20})
 
 
+async def test_of_two_servers_that_change_a_document_at_once_one_does(store: Store, url: str, tmp_path: Path) -> None:
+    others = [open_store(url, tmp_path) for _ in range(3)]
+    await store.insert("jobs", "1", {"n": 0})
+    for version in range(1, 30):
+        results = await asyncio.gather(
+            *(one.replace("jobs", "1", {"n": version}, version=version) for one in (store, *others))
+        )
+        assert len([result for result in results if result is not None]) == 1
+    assert (await store.get("jobs", "1")) == ("1", 30, {"n": 29})
+    for other in others:
+        await other.close()
+
+
+async def test_events_that_two_servers_append_at_once_are_numbered_without_gaps(
+    store: Store, url: str, tmp_path: Path
+) -> None:
+    other = open_store(url, tmp_path)
+    both = [one.append("s", [("x", {"n": n})]) for n in range(50) for one in (store, other)]
+    await asyncio.gather(*both)
+    events = await store.read("s")
+    assert [event.seq for event in events] == list(range(1, 101))
+    assert sorted(event.data["n"] for event in events) == sorted([*range(50), *range(50)])
+    await other.close()
+
+
 async def test_a_deleted_document_is_gone_and_its_id_free(store: Store) -> None:
     await store.insert("jobs", "1", {})
     assert await store.delete("jobs", "1")
