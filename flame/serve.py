@@ -125,8 +125,9 @@ async def _serve(settings: ServeSettings, data_dir: Path) -> int:
         entering = asyncio.ensure_future(stack.enter_async_context(serve(settings, data_dir)))
         await _first(asyncio.wait([entering]), stopping.wait())
         if not entering.done():
-            entering.cancel()
-            await asyncio.wait([entering])
+            while not entering.done():  # a cancellation can get lost in a driver that waits with a timeout of its own
+                entering.cancel()
+                await asyncio.wait([entering], timeout=1.0)
             return 0
         server = await entering
         if settings.private:

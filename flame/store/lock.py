@@ -31,6 +31,7 @@ log = logging.getLogger("flame.store")
 
 #: The collection of the terms.
 TERMS = "terms"
+_PARTING = 5.0  # seconds that an end waits for a database that is away
 _SILENT, _MAY_WRITE = 0.5, 0.3  # of T
 
 
@@ -50,6 +51,7 @@ class ServerLock:
         self._term: Document | None = None
         self._until = 0.0
         self._renewing = asyncio.Lock()
+        self._closing = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
         self._successor = ""
         self.lost = asyncio.Event()
@@ -117,17 +119,23 @@ class ServerLock:
 
     async def close(self) -> None:
         """End the term, so that the next server need not wait; for when nothing will be written any more."""
+        self._closing.set()
         if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.wait([self._beating])
+            await asyncio.wait([self._beating], timeout=_PARTING)
         if self._term is not None and not self.lost.is_set():
-            with contextlib.suppress(StoreError):  # it is away; the term falls silent by itself
-                await self._change(ended=True)
+            with contextlib.suppress(StoreError, TimeoutError):  # it is away; the term falls silent by itself
+                async with asyncio.timeout(_PARTING):
+                    await self._change(ended=True)
         await self._store.close()
 
     async def _beat(self) -> None:
+        # Told to end by an event: a cancellation can get lost in a driver that waits with a timeout of its own.
         while not self.lost.is_set():
-            await asyncio.sleep(_MAY_WRITE * self._takeover / 3)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_MAY_WRITE * self._takeover / 3):
+                    await self._closing.wait()
+            if self._closing.is_set():
+                return
             try:
                 await self._renew()
             except StoreError as error:
