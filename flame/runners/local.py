@@ -166,7 +166,11 @@ class LocalRunner(Runner):
         work_dir = self._work_dir(info)
         python = await self._environments.python(spec.dependencies)
         # What FLAME_ variables the server has are for the server.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("FLAME_") or name == "FLAME_CACHE_DIR"
+        }
         environment |= _threads(spec) | {**self._config.environment, **spec.environment}
         devices = self._devices(spec)
         if devices:

@@ -322,7 +322,7 @@ class Service:
         wait = frozenset(waiting) & self.had.keys()
         base = min((self.had[name] for name in wait & self._waiting if self.had[name] >= 0), default=None)
         if base is None:
-            base = max(0.0, *self.had.values())
+            base = max((0.0, *self.had.values()))
         for name, had in self.had.items():
             if had < base and (had < 0 or name not in self._waiting):
                 self.had[name] = base
