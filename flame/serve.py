@@ -16,6 +16,7 @@ import ipaddress
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -111,8 +112,16 @@ def run_server(settings: ServeSettings) -> int:
     data_dir = settings.data_dir.expanduser().absolute()
     if settings.drain and _tell_to_drain(data_dir):
         return 0
+    _allow_connections()
     with locked(data_dir):
         return asyncio.run(_serve(settings, data_dir))
+
+
+def _allow_connections() -> None:
+    """Each flamelet holds a connection or two; the usual limit of open files is for programs that have a few."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # a limit that the system does not grant stays as it is
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(least, min(most, 65536) if most > 0 else 65536), most))
 
 
 async def _serve(settings: ServeSettings, data_dir: Path) -> int:
@@ -271,6 +280,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         await web_runner.setup()
         stack.push_async_callback(web_runner.cleanup)
         await web.SockSite(web_runner, listener, ssl_context=tls).start()
+        controller.context.leases.prolong(options.reunion)
 
         def release() -> None:
             """Streams come to their end, so that nobody waits for them."""
@@ -355,7 +365,7 @@ def _listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(1024)
+            listener.listen(4096)  # thousands of flamelets come back in the same second
             listener.setblocking(False)
         except OSError:
             listener.close()

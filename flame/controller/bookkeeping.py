@@ -133,7 +133,7 @@ def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]
     return fields
 
 
-def job_fields(job: Job, before: JobLife, after: JobLife, actions: Iterable[Action], now: float) -> dict[str, Any]:
+def job_fields(job: Job, before: JobLife, after: JobLife, actions: Sequence[Action], now: float) -> dict[str, Any]:
     """What changes in a job's record."""
     fields: dict[str, Any] = {}
     warnings = list(job.warnings)
@@ -153,8 +153,10 @@ def job_fields(job: Job, before: JobLife, after: JobLife, actions: Iterable[Acti
                 warnings.append(message)
             case _:
                 pass
-    if (short := missing(after)) != missing(before) or (short and "reason" in fields):
-        fields["reason"] = _lacks(short) if short and after.state is JobState.DEPLOYING else None
+    if actions:  # else nobody has come or gone
+        short = missing(after)
+        if short != missing(before) or (short and "reason" in fields):
+            fields["reason"] = _lacks(short) if short and after.state is JobState.DEPLOYING else None
     if after.failure is not before.failure:
         fields["failure"] = after.failure
     if after.state is JobState.FAILED:

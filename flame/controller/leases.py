@@ -39,6 +39,11 @@ class Leases:
         if end is not None:
             self._ends[key] = max(end, asyncio.get_running_loop().time() + self.seconds)
 
+    def prolong(self, seconds: float) -> None:
+        """Hold every lease for at least so long from now on: until now nobody could call."""
+        end = asyncio.get_running_loop().time() + seconds
+        self._ends = {key: max(end, until) for key, until in self._ends.items()}
+
     def drop(self, key: Hashable) -> None:
         """No longer watch; one that is not held is no error."""
         self._ends.pop(key, None)

@@ -224,6 +224,8 @@ def step(job: JobLife, event: Event) -> tuple[JobLife, list[Action]]:
                 raise Conflict(f"Task {id} has no worker to end: it is {task.state.value}.")
             cause = Failure(message="Its worker was ended on request.")
             job = _fail(job, task, _named(cause, task), actions, parting=False)
+        case Connected():  # nothing follows from it, and all workers of a large job say it in the same second
+            return _report(job, event, actions), actions
         case _:
             job = _report(job, event, actions)
     return settle(job, actions)
@@ -355,12 +357,20 @@ def _ask(job: JobLife, task: TaskLife, actions: list[Action], delay: float = 0.0
     return _set(job, asked)
 
 
-def _claim(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
-    """A participant takes a task. A worker of an earlier attempt is fenced off: only its owner can end it."""
+def check_claim(job: JobLife, task: TaskLife) -> None:
+    """Whether a participant may take a task.
+
+    :raises flame.errors.Conflict: there is nothing to take part in.
+    """
     if not task.brought or task.state.ended or job.state not in (JobState.DEPLOYING, JobState.RUNNING):
         raise Conflict(_not_claimable(job, task))
     if any(one.state is TaskState.COMPLETED for one in job.tasks.values()):
         raise Conflict(f"Job {job.name!r} has had its last round: it takes nobody any more.")
+
+
+def _claim(job: JobLife, task: TaskLife, actions: list[Action]) -> JobLife:
+    """A participant takes a task. A worker of an earlier attempt is fenced off: only its owner can end it."""
+    check_claim(job, task)
     before = gathered(job)
     job = _release(job, task, actions)
     attempt = task.attempt + 1

@@ -165,6 +165,7 @@ class Participants:
         """
         holder = _digest(secret)
         async with self._lock:
+            invite = await self._context.invites.get(invite.id) or invite  # others may have come with it meanwhile
             supervisor = self._controller.supervisor(invite.record.job_id)
             mine = next((task for task in await self._places(invite.record) if task.holder == holder), None)
             if supervisor is None:

@@ -166,7 +166,7 @@ class Supervisor:
 
         :raises flame.errors.Conflict: there is nothing to take part in.
         """
-        lifecycle.step(self._life, events.Claim(task))
+        lifecycle.check_claim(self._life, self._life.tasks[task])
 
     async def claim(self, task: str, **holder: str | None) -> None:
         """A participant takes a task, or takes it anew.
@@ -219,7 +219,8 @@ class Supervisor:
             if task.config.from_user and task.state in (TaskState.DEPLOYING, TaskState.RUNNING):
                 there[task.id, task.attempt] = None
         await self._rendezvous.load()
-        told = {key: await self._context.store.read(task_stream(*key)) for key in there}
+        read = await asyncio.gather(*(self._context.store.read(task_stream(*key)) for key in there))
+        told = dict(zip(there, read, strict=True))
         begun = {key for key, stream in told.items() if any(event.type == "start" for event in stream)}
         # From here to the next await nothing can end in between.
         for key, found in there.items():

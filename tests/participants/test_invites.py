@@ -35,6 +35,17 @@ async def test_an_invite_is_for_so_many_participants_and_each_keeps_its_place(pl
     assert (shown.names, shown.token) == (["one", "two"], None)
 
 
+async def test_many_may_come_with_one_invite_at_once(place: Any) -> None:
+    job = await place.job(system=0, brought=9)
+    invite = await place.client.invites.create(job.id, uses=8)
+    await place.state(job, JobState.DEPLOYING)
+    async with Participant(place.server.url, invite.token) as me:
+        seats = await asyncio.gather(*(me.seat(f"{number:040}", f"p{number}", None) for number in range(8)))
+        assert len({seat.task for seat in seats}) == 8
+        with pytest.raises(Forbidden, match="used up"):
+            await me.seat(ONE, "one", None)
+
+
 async def test_all_places_taken_is_said(place: Any) -> None:
     job = await place.job(system=0, brought=1)
     invite = await place.client.invites.create(job.id, uses=2)
