@@ -57,6 +57,7 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
                     attempt=task.attempt,
                     connected=task.state is not TaskState.DEPLOYING and task.attempt > 0,
                     replaced=task.replaced,
+                    delivered=task.delivered,
                     failure=task.failure,
                     brought=task.config.from_user,
                 )
@@ -72,7 +73,6 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
         failure=job.failure,
         restart={role.name: job.form.restart.of(role.name) for role in job.form.schema.roles},
         consumers=frozenset(consumers),
-        delivered=job.model is not None,
         pauses=job.form.on_failure == "pause",
     )
 
@@ -122,6 +122,8 @@ def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]
         }
     if after.replaced != before.replaced:
         fields["replaced"] = after.replaced
+    if after.delivered != before.delivered:
+        fields["delivered"] = after.delivered
     if after.state is not before.state:
         fields["state"] = after.state
         if after.state is not TaskState.DEPLOYING and not after.waits:

@@ -41,6 +41,7 @@ class StoredTask(Task, kw_only=True):
     """
 
     replaced: int = 0
+    delivered: bool = False
     holder: str | None = None
     invite: str | None = None
 

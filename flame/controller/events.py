@@ -43,6 +43,13 @@ class Kill(msgspec.Struct, frozen=True):
     task: str
 
 
+class Delivered(msgspec.Struct, frozen=True):
+    """The worker has handed in the job's model, or its group's."""
+
+    task: str
+    attempt: int
+
+
 class Steady(msgspec.Struct, frozen=True):
     """The worker has run for so long that the losses before it no longer count."""
 
@@ -127,6 +134,7 @@ Event = (
     | TimeUp
     | Kill
     | Steady
+    | Delivered
     | Claim
     | Connected
     | Running

@@ -57,6 +57,7 @@ from flame.controller.events import (
     Clock,
     Completed,
     Connected,
+    Delivered,
     End,
     Enter,
     Event,
@@ -112,6 +113,7 @@ class TaskLife(msgspec.Struct, frozen=True):
     :ivar replaced: how many lost workers were replaced, since one has run for long.
     :ivar live: the attempts whose worker was asked for and is not known to be gone.
     :ivar ending: those of them that were asked to end.
+    :ivar delivered: it has handed in the job's model, or its group's.
     :ivar brought: a participant starts its worker, not a runner.
     """
 
@@ -123,6 +125,7 @@ class TaskLife(msgspec.Struct, frozen=True):
     replaced: int = 0
     live: frozenset[int] = frozenset()
     ending: frozenset[int] = frozenset()
+    delivered: bool = False
     failure: Failure | None = None
     brought: bool = False
 
@@ -141,7 +144,6 @@ class JobLife(msgspec.Struct, frozen=True):
     :ivar restart: for each role, how lost workers are replaced; for one that is not in it, as nobody has said anything.
     :ivar pauses: a failure pauses the job.
     :ivar consumers: the roles that consume data.
-    :ivar delivered: the job's model is there.
     """
 
     name: str
@@ -153,7 +155,6 @@ class JobLife(msgspec.Struct, frozen=True):
     restart: Mapping[str, Restart] = MappingProxyType({})
     pauses: bool = False
     consumers: frozenset[str] = frozenset()
-    delivered: bool = False
 
 
 def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None, others: int | None = None) -> dict[str, int]:
@@ -280,7 +281,9 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
 
 def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
     """What is reported or seen of one worker."""
-    assert isinstance(event, Steady | Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing)
+    assert isinstance(
+        event, Steady | Delivered | Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing
+    )
     task = job.tasks[event.task]
     if task.brought and event.attempt not in task.live:
         return job  # it has left, or its place is taken
@@ -290,6 +293,8 @@ def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
     if event.attempt != task.attempt or task.state.ended or task.state is TaskState.READY or job.state.ended:
         return job
     match event:
+        case Delivered():
+            job = _set(job, replace(task, delivered=True))
         case Steady():
             job = _set(job, replace(task, replaced=0))
         case Connected() if not task.connected:
@@ -443,7 +448,7 @@ def _pause(job: JobLife, reason: str, actions: list[Action]) -> JobLife:
 
 def _afresh(task: TaskLife) -> TaskLife:
     """A task that nothing is left of, as if it had never run; but its attempts are counted on."""
-    return replace(task, state=TaskState.READY, connected=False, replaced=0, failure=None)
+    return replace(task, state=TaskState.READY, connected=False, replaced=0, delivered=False, failure=None)
 
 
 def _halt(job: JobLife, failure: Failure | None, reason: str, actions: list[Action]) -> JobLife:
@@ -475,33 +480,38 @@ def _set(job: JobLife, task: TaskLife) -> JobLife:
 
 
 def _superfluous(job: JobLife) -> list[TaskLife]:
-    """Workers that have taken another one's place and find that the others have done the work and are gone.
-
-    Who aggregates is done when the work is; where nobody does, the model must be there, and another one at the end.
-    """
-    if not _delivered(job):
+    """Workers that have taken another one's place and find that the others have done the work and are gone."""
+    if not _done(job):
         return []
-    return [
+    idle = (TaskState.READY, TaskState.COMPLETED, TaskState.FAILED, TaskState.TERMINATED)
+    return [task for task in job.tasks.values() if task.attempt > 1 and task.state not in idle]
+
+
+def _done(job: JobLife) -> bool:
+    """Whether nothing is left to do, whoever is still there.
+
+    Those who aggregate have handed in their models and completed; without a server, one of the members has. Where there is
+    no model, all who consume no data have completed.
+    """
+    makers = {task.role for task in job.tasks.values() if task.delivered}
+    left = [
         task
         for task in job.tasks.values()
-        if task.role in job.consumers
-        and task.attempt > 1
-        and not task.state.ended
-        and task.state is not TaskState.READY
+        if task.state is not TaskState.COMPLETED
+        and (
+            task.role in makers
+            if makers - job.consumers
+            else task.delivered
+            if makers
+            else task.role not in job.consumers
+        )
     ]
-
-
-def _delivered(job: JobLife) -> bool:
-    """Who aggregates has done its work; where nobody does, there is the model and a worker that has seen it kept."""
-    others = [task for task in job.tasks.values() if task.role not in job.consumers]
-    done = any(task.state is TaskState.COMPLETED for task in job.tasks.values())
-    return done and (bool(others) or job.delivered) and all(task.state is TaskState.COMPLETED for task in others)
+    return not left and any(makers or task.role not in job.consumers for task in job.tasks.values())
 
 
 def _too_late(job: JobLife, task: TaskLife) -> bool:
-    """A data consumer that has lost sight of the others while one of them was replaced, and gave up when they had done the work."""
-    disturbed = any(other.attempt > 1 for other in job.tasks.values())
-    return disturbed and task.role in job.consumers and job.state is JobState.RUNNING and _delivered(job)
+    """It has lost sight of the others while one of them was replaced, and gave up when they had done the work."""
+    return any(other.attempt > 1 for other in job.tasks.values()) and job.state is JobState.RUNNING and _done(job)
 
 
 def _has_run(task: TaskLife) -> bool:

@@ -383,8 +383,8 @@ class Supervisor:
             case Model():
                 async with self._lock:
                     await self._ledger.keep_model(data)
-                    self._life = msgspec.structs.replace(self._life, delivered=True)
                     await self._ledger.publish([("model", msgspec.to_builtins(data))])
+                await self.handle(events.Delivered(task, attempt))
             case said.MessageData(message=message) if report.type == "warning":
                 async with self._lock:
                     await self._ledger.warn(message)

@@ -18,6 +18,7 @@ from flame.controller.events import (
     Clock,
     Completed,
     Connected,
+    Delivered,
     End,
     Enter,
     Event,
@@ -207,6 +208,28 @@ def test_an_aggregator_that_comes_back_when_the_trainers_are_done_has_its_own_pa
         job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Completed("t2", 1), Gone("t0", 1, cause())
     )
     assert job.tasks["t0"].state is TaskState.DEPLOYING
+
+
+def test_whoever_comes_back_when_the_models_are_there_need_not_do_anything() -> None:
+    job = new(restart=Restart())
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Gone("t1", 1, cause("t1")), Gone("t2", 1, cause("t2")))
+    members = replace(job, consumers=frozenset({"trainer", "aggregator"}))
+    done, _ = drive(members, Completed("t0", 1))
+    assert done.tasks["t1"].state is TaskState.DEPLOYING, "nobody has seen a model"
+    done, _ = drive(members, Delivered("t0", 1))
+    assert done.tasks["t1"].state is TaskState.DEPLOYING
+    done, _ = drive(done, Completed("t0", 1))
+    assert [task.state for task in done.tasks.values()] == [TaskState.COMPLETED] * 3
+
+
+def test_who_gives_up_because_the_others_have_done_the_work_does_not_fail_the_job() -> None:
+    job = new(restart=Restart())
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Gone("t0", 1, cause()), Running("t0", 2))
+    lost, _ = drive(job, Failed("t1", 1, cause("t1")))
+    assert lost.state is JobState.STOPPING, "its own fault"
+    job, actions = drive(job, Completed("t2", 1), Completed("t0", 2), Failed("t1", 1, cause("t1")))
+    assert job.tasks["t1"].state is TaskState.COMPLETED
+    assert any(isinstance(a, Warn) and "when the work was done" in a.message for a in actions)
 
 
 def test_a_paused_job_has_no_worker_and_goes_on_under_new_attempts() -> None:
@@ -428,6 +451,7 @@ def events(draw: st.DrawFn) -> Event:
                 Rewind(),
                 TimeUp(1.0),
                 Steady(task, attempt),
+                Delivered(task, attempt),
                 Kill(task),
                 Claim(task),
                 Claim(task),
