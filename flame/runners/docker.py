@@ -18,7 +18,7 @@ import msgspec
 from flame.errors import RunnerError
 from flame.runners.base import Capacity, ExitCallback, Runner, WorkerInfo, WorkerSpec
 from flame.runners.docker_config import DockerConfig
-from flame.runners.docker_container import Containers
+from flame.runners.docker_container import Containers, signal_of
 from flame.runners.docker_engine import Engine, Refused, log
 from flame.runners.docker_images import Dependencies, Images, Once
 from flame.runners.docker_network import Route
@@ -30,6 +30,7 @@ class _Worker:
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
         self.ending = False  # on our own demand, so nobody needs to be told
+        self.asked: str | None = None  # a signal that was sent to it through the engine
         self.watch: asyncio.Task[None] | None = None  # sees it off, once its container has ended
         self.gone = asyncio.Event()
 
@@ -54,9 +55,10 @@ class DockerRunner(Runner):
         self._start_once: Once[WorkerInfo] = Once()
         self._looking = 0  # starts and lists under way: ends of containers that nobody knows yet may be theirs
         self._ended_early: set[str] = set()
-        self._told: set[str] = (
-            set()
-        )  # containers that have ended, which everybody knows, and that are about to be removed
+        #: Containers that have ended, which everybody knows, and that are about to be removed.
+        self._told: set[str] = set()
+        #: Those of them that are removed, while a list that is still read may have them.
+        self._removed: set[str] = set()
         self._on_exit: ExitCallback | None = None
         self._follower: asyncio.Task[None] | None = None
         self._away: str | None = None
@@ -163,8 +165,13 @@ class DockerRunner(Runner):
             yield
         finally:
             self._looking -= 1
-            if not self._looking:
-                self._ended_early.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        if not self._looking:
+            self._ended_early.clear()
+            self._told -= self._removed
+            self._removed.clear()
 
     # ---------------------------------------------------------------------------------------------------- end
 
@@ -173,14 +180,17 @@ class DockerRunner(Runner):
         events = self._engine.events(self._containers.ends, opened=self._compare, away=self._lose)
         async with contextlib.aclosing(events):
             async for event in events:
-                self._heed(str(event["id"]))
+                self._heed(event["id"], signal_of(event))
 
-    def _heed(self, container: str) -> None:
-        for worker in self._workers.values():
-            if worker.info.handle == container:
-                self._see_off(worker)
-                return
-        if self._looking:
+    def _heed(self, container: str, asked: str | None) -> None:
+        """A container has ended; or, with a signal, somebody wants it to."""
+        worker = next((one for one in self._workers.values() if one.info.handle == container), None)
+        if asked is not None:
+            if worker is not None:
+                worker.asked = asked
+        elif worker is not None:
+            self._see_off(worker)
+        elif self._looking:
             self._ended_early.add(container)
 
     def _lose(self, error: RunnerError) -> None:
@@ -207,7 +217,7 @@ class DockerRunner(Runner):
     async def _seeing_off(self, worker: _Worker, away: bool) -> None:
         """A worker's container has ended: find out how, keep what it has printed, tell, and remove it."""
         try:
-            how = await self._containers.verdict(worker.info.handle, away=away)
+            how = await self._containers.verdict(worker.info.handle, asked=worker.asked, away=away)
             await self._keep_output(worker.info)
         except RunnerError as error:  # the engine has gone; once it is back, this is done again
             log.debug("how the worker %s has ended cannot be told yet: %s", _name(worker.info), error)
@@ -225,7 +235,8 @@ class DockerRunner(Runner):
 
     async def _discard(self, container: str) -> None:
         await self._containers.remove(container)
-        self._told.discard(container)
+        self._removed.add(container)
+        self._forget()
 
     async def _keep_output(self, info: WorkerInfo) -> None:
         printed = await self._containers.printed(info.handle)

@@ -31,6 +31,7 @@ _FIRST = f'set -ae; . {_TOLD}; rm {_TOLD}; exec "$@"'
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: What the kernel calls it when a signal has ended a process: 128 and its number.
 _SIGNALS = 128
+_KNOWN = frozenset(int(number) for number in signal.Signals)
 _PATIENCE = 30.0
 _LAST_LINES = 200
 
@@ -60,8 +61,8 @@ class Containers:
         self._instance = instance
         self._label = f"flame.instance={instance}"
         self._installing: set[str] = set()
-        #: Which events of the engine tell that a container of this server has ended.
-        self.ends = {"type": "container", "label": self._label, "event": ["die", "destroy"]}
+        #: Which events of the engine tell that a container of this server ends, or has ended.
+        self.ends = {"type": "container", "label": self._label, "event": ["kill", "die", "destroy"]}
 
     def name(self, worker: WorkerSpec | WorkerInfo) -> str:
         """The name of a worker's container.
@@ -129,7 +130,7 @@ class Containers:
 
         :returns: the exit code, and the last of what it has printed.
         """
-        binds = [f"{volume}:{PACKAGES}"]
+        binds = [*self._config.volumes, f"{volume}:{PACKAGES}"]
         made = await self._make(None, image, command=command, labels={}, environment={}, user="0:0", binds=binds)
         assert made is not None
         self._installing.add(made)
@@ -141,9 +142,10 @@ class Containers:
             await self.remove(made)
             self._installing.discard(made)
 
-    async def verdict(self, container: str, *, away: bool) -> WorkerExit:
+    async def verdict(self, container: str, *, asked: str | None, away: bool) -> WorkerExit:
         """How a container has ended, with a sentence where the exit code alone does not say why.
 
+        :param asked: the signal that somebody else has sent it through the engine before.
         :param away: it ended while the engine did not answer.
         """
         found = await self._engine.find("inspect_container", container)
@@ -163,6 +165,10 @@ class Containers:
             return how._replace(
                 message="Its container ended while the Docker engine was away; the engine was restarted, perhaps "
                 f"({f'killed by {how.signal}' if how.signal else f'exit code {code}'})."
+            )
+        if asked is not None:
+            return how._replace(
+                message=f"Its container was ended by {asked}: by somebody, or by the Docker engine as that shut down."
             )
         return how
 
@@ -263,6 +269,14 @@ def _letter(environment: Mapping[str, str]) -> bytes:
         file.size, file.mode = len(text), 0o444  # nobody else is in there, and who the user is the image may know alone
         archive.addfile(file, io.BytesIO(text))
     return buffer.getvalue()
+
+
+def signal_of(event: Mapping[str, Any]) -> str | None:
+    """The signal that an event of the kind ``kill`` tells of."""
+    if event["Action"] != "kill":
+        return None
+    number = event["Actor"]["Attributes"].get("signal", "")
+    return signal.Signals(int(number)).name if number.isdigit() and int(number) in _KNOWN else f"signal {number}"
 
 
 def _how(code: int) -> WorkerExit:

@@ -139,8 +139,14 @@ class Engine:
 
     def close(self) -> None:
         """Let go of it. Calls under way come to their end by themselves."""
-        self._closed = True
-        self._pool.shutdown(wait=False)
+        if not self._closed:
+            self._closed = True
+            self._pool.submit(self._disconnect)
+            self._pool.shutdown(wait=False)
+
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            self._client.close()
 
     async def _run(self, work: Callable[[], Any]) -> Any:
         if self._closed:

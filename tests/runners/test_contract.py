@@ -80,7 +80,8 @@ async def test_a_worker_that_somebody_kills_is_reported(there: Place) -> None:
     await there.ready(runner, worker)
     await there.kill(worker, "SIGKILL")
     await eventually(lambda: bool(there.exits))
-    assert there.exits == [(worker, WorkerExit(None, "SIGKILL"))]
+    ((reported, how),) = there.exits
+    assert (reported, how.exit_code, how.signal) == (worker, None, "SIGKILL")
 
 
 async def test_many_workers_start_at_once_and_end_at_once(there: Place) -> None:
