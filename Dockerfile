@@ -44,6 +44,9 @@ COPY --from=dependencies /opt/flame /opt/flame
 COPY --from=package /dist /tmp/dist
 RUN /opt/flame/bin/pip install --quiet --no-deps --no-cache-dir --no-index /tmp/dist/*.whl
 ENV PATH=/opt/flame/bin:$PATH PYTHONUNBUFFERED=1
+# A first job that can be run from the image alone: see compose.yaml.
+COPY examples/digits /opt/flame/demo/examples/digits
+COPY deploy/compose /opt/flame/demo/deploy/compose
 USER flame
 WORKDIR /home/flame
 EXPOSE 10100

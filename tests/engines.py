@@ -32,6 +32,11 @@ def docker_image(kind: str = "light") -> str:
     return _run(str(ROOT / ".ci" / "image"), kind).stdout.split()[-1]
 
 
+def has_image(name: str) -> bool:
+    """Whether the Docker engine has an image, without pulling it."""
+    return _run("docker", "image", "inspect", name, check=False).returncode == 0
+
+
 def kubernetes_image() -> str:
     """The same, known to the cluster of :func:`kubeconfig`."""
     image = docker_image()
