@@ -265,7 +265,7 @@ def others(name: str, package: str, script: str, tasks: int) -> dict[str, Any] |
 
 def _script(name: str, script: str) -> str:
     """A file for what starts its workers by importing ``__main__`` again."""
-    path = CACHE / f"{name}.py"
+    path = CACHE / f"run_{name}.py"
     path.write_text(script)
     return str(path)
 
