@@ -14,7 +14,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -44,6 +44,14 @@ AHEAD = 10_000
 
 Options = tuple[float | None, int | None]
 _ERRORS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FlameError)}
+
+
+class _Cancel(NamedTuple):
+    """A request to cancel tasks that waits for its answer."""
+
+    answer: asyncio.Future[list[int]]
+    numbers: list[int]
+    force: bool
 
 
 class Future(asyncio.Future[Any]):
@@ -220,7 +228,8 @@ class Session:
         self._flushing = False
         self._opened: asyncio.Future[None] | None = None
         self._closed: asyncio.Future[None] | None = None
-        self._cancels: dict[int, asyncio.Future[list[int]]] = {}
+        self._closing = False  # by force, in the order to close that waits for its answer
+        self._cancels: dict[int, _Cancel] = {}
         self._requests = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -262,7 +271,7 @@ class Session:
         """
         self._check()
         self.flush()
-        self._closed = asyncio.get_running_loop().create_future()
+        self._closed, self._closing = asyncio.get_running_loop().create_future(), force
         self._send(wire.CLOSE, self._channel, force)
         await self._closed
 
@@ -365,9 +374,10 @@ class Session:
         self.flush()
         self._requests += 1
         request = self._requests
-        answer = self._cancels[request] = asyncio.get_running_loop().create_future()
-        self._send(wire.CANCEL, self._channel, request, [future.number for future in futures], force)
-        taken = set(await answer)
+        numbers = [future.number for future in futures]
+        asked = self._cancels[request] = _Cancel(asyncio.get_running_loop().create_future(), numbers, force)
+        self._send(wire.CANCEL, self._channel, request, numbers, force)
+        taken = set(await asked.answer)
         return [future for future in futures if future.number in taken]
 
     async def watch(self) -> AsyncIterator[Counts]:
@@ -407,7 +417,8 @@ class Session:
             for queue in self._counts:
                 queue.put_nowait(None)
         elif kind == wire.CANCELLED:
-            _resolve(self._cancels.pop(message[2], None), message[3])
+            asked = self._cancels.pop(message[2], None)
+            _resolve(asked.answer if asked is not None else None, message[3])
         elif kind == wire.COUNTS:
             counts = msgspec.convert(message[2], Counts)
             for queue in self._counts:
@@ -416,7 +427,7 @@ class Session:
     def fail(self, error: FlameError) -> None:
         """Nothing will come any more."""
         self._failure = self._failure or error
-        for waiting in (self._opened, self._closed, *self._cancels.values()):
+        for waiting in (self._opened, self._closed, *(asked.answer for asked in self._cancels.values())):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(error)
         self._cancels.clear()
@@ -521,6 +532,10 @@ class Session:
             self._send(wire.WATCH, self._channel)
         for first, payloads, options in list(self._sent):
             self._send(wire.SUBMIT, self._channel, first, payloads, options)
+        for request, asked in self._cancels.items():  # whose answers were lost with a connection
+            self._send(wire.CANCEL, self._channel, request, asked.numbers, asked.force)
+        if self._closed is not None and not self._closed.done():
+            self._send(wire.CLOSE, self._channel, self._closing)
         _resolve(self._opened, None)
         self.flush()
 
@@ -530,7 +545,10 @@ class Session:
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(error)
         elif self._closed is not None and not self._closed.done():
-            self._closed.set_exception(error)
+            if isinstance(error, errors.Forbidden):  # it was closed before the answer could be told
+                self._closed.set_result(None)
+            else:
+                self._closed.set_exception(error)
         else:
             self.fail(error)
 

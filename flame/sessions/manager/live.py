@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -139,6 +139,21 @@ class Live:
             self.entries.append(journal.submitted(client, first, begin, options, payloads))
             self.accepted.append((member, block))
         return known
+
+    def works_of(self, client: str, numbers: Iterable[int]) -> list[Work]:
+        """A client's tasks without an end, by its own numbers."""
+        member = self.members.get(client) or Member()
+        found: list[Work] = []
+        old = set[int]()
+        for number in numbers:
+            block = next((one for one in reversed(member.blocks) if one[0] <= number < one[0] + one[2]), None)
+            if block is None:
+                old.add(number)
+            elif (work := self.book.live.get(block[1] + number - block[0])) is not None:
+                found.append(work)
+        if old:  # from before the blocks that are remembered
+            found += [work for work in self.book.live.values() if work.client == client and work.number in old]
+        return found
 
     def lost(self, work: Work) -> None:
         """A task is on its next attempt."""

@@ -317,8 +317,7 @@ class Manager:
 
         A task that runs goes on, unless ``force``: then its executor is ended.
         """
-        wanted = set(numbers)
-        works = {work.id: work for work in live.book.live.values() if work.client == client and work.number in wanted}
+        works = {work.id: work for work in live.works_of(client, numbers)}
         ends, held = live.book.cancel(works)
         taken = [end.work.number for end in ends]
         self._ended(live, ends)
