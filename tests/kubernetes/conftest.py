@@ -13,6 +13,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import engines
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test waits for the image, which may have to be built; only what a test does itself is timed."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(180, func_only=True))
+
+
 @pytest.fixture(scope="session")
 def kubeconfig() -> str:
     """The path of the credentials of a cluster that answers."""
