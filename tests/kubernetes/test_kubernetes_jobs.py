@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,10 @@ def test_a_job_completes_with_its_workers_as_pods(flame: Flame, namespace: str) 
 
 def test_an_image_that_is_nowhere_fails_the_job_with_its_name(flame: Flame) -> None:
     flame_image = "registry.invalid/nothing/like-this:1"
-    job = flame.submit("lost-image", 1, placement={"trainer": {"image": flame_image}})
-    done = flame.ended(job)
+    job = flame.submit("lost-image", 1, placement={"trainer": {"image": flame_image}}, restart={"attempts": 0})
+    # Said at once, while it is still tried.
+    until(lambda: any("cannot be pulled" in (task.get("reason") or "") for task in flame.tasks(job)), 10)
+    done = flame.ended(job, 20)
     assert done["state"] == "failed"
     assert f"Its image '{flame_image}' cannot be pulled" in done["failure"]["message"]
 
@@ -58,8 +61,30 @@ def test_a_worker_out_of_memory_fails_the_job_with_that_cause(flame: Flame) -> N
     assert done["failure"]["role"] == "trainer"
 
 
+@pytest.fixture
+def crowd(namespace: str, image: str) -> Iterator[None]:
+    """Somebody else's pod that takes most of the memory of every node."""
+    nodes = json.loads(kubectl("get", "nodes", "-o", "json"))["items"]
+    free = min(int(node["status"]["allocatable"]["memory"].removesuffix("Ki")) for node in nodes)
+    container = {
+        "name": "crowd",
+        "image": image,
+        "command": ["sleep", "1000"],
+        "resources": {"requests": {"memory": f"{free * 2 // 3}Ki"}},
+    }
+    spec = {"containers": [container], "terminationGracePeriodSeconds": 0}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "crowd"}, "spec": spec}
+    kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(pod))
+    kubectl("wait", "-n", namespace, "pod/crowd", "--for=condition=Ready", "--timeout=60s")
+    yield
+    kubectl("delete", "-n", namespace, "pod/crowd", "--now")
+
+
+@pytest.mark.usefixtures("crowd")
 def test_a_node_without_room_is_told_while_it_lasts_and_then_fails_the_job(flame: Flame) -> None:
-    job = flame.submit("large", 1)
+    compute = next(one for one in flame("compute", "list") if one["name"] == "cluster")
+    half = compute["capacity"]["memory"] // 2  # there is that much, as far as Flame knows
+    job = flame.submit("large", 1, placement={"trainer": {"resources": {"memory": half}}}, restart={"attempts": 0})
 
     def reason() -> Any:
         return next((task["reason"] for task in flame.tasks(job) if "Insufficient" in (task.get("reason") or "")), None)
@@ -68,17 +93,29 @@ def test_a_node_without_room_is_told_while_it_lasts_and_then_fails_the_job(flame
     assert flame.job(job)["state"] == "deploying"
     done = flame.ended(job)
     assert done["state"] == "failed"
-    assert "Insufficient" in done["failure"]["message"]
+    # On a busy machine the scheduler has not looked at the worker's second pod yet; what it said of the first is in the warning.
+    assert any("Insufficient" in said for said in (done["failure"]["message"], *done["warnings"]))
+    assert done["failure"]["role"] == "trainer"
 
 
-def test_a_pod_deleted_by_hand_fails_the_job_with_that_cause(flame: Flame, namespace: str) -> None:
-    job = flame.submit("cut", 1, hyperparameters={"rounds": 1000, "pause": 0.2})
+@pytest.mark.parametrize("attempts", [0, 3])
+def test_a_pod_deleted_by_hand_is_named_and_replaced_as_often_as_the_job_allows(
+    flame: Flame, namespace: str, attempts: int
+) -> None:
+    job = flame.submit("cut", 1, hyperparameters={"rounds": 1000, "pause": 0.2}, restart={"attempts": attempts})
     until(lambda: flame.job(job)["rounds"])
     trainer = next(task for task in flame.tasks(job) if task["role"] == "trainer")
     kubectl("delete", "pod", "-n", namespace, trainer["worker"], "--wait=false")
-    done = flame.ended(job)
-    assert done["state"] == "failed"
-    assert done["failure"]["message"] == f"Its pod {trainer['worker']} was deleted, and not by Flame."
+    cause = f"Its pod {trainer['worker']} was deleted, and not by Flame."
+    if attempts:
+        until(lambda: any(cause in warning for warning in flame.job(job)["warnings"]))
+        until(lambda: any(task["attempt"] == 2 and task["state"] == "running" for task in flame.tasks(job)))
+        flame("job", "stop", job)
+        assert flame.ended(job)["state"] == "terminated"
+    else:
+        done = flame.ended(job)
+        assert done["state"] == "failed"
+        assert done["failure"]["message"] == cause
 
 
 def test_a_job_goes_on_when_its_server_is_killed_and_starts_again(flame: Flame, server: Server, namespace: str) -> None:
