@@ -34,7 +34,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "flame.computes" -}}
 {{- $own := dict "image" (.Values.workers.image | default (include "flame.image" .)) "imagePullPolicy" .Values.image.pullPolicy "namespace" .Release.Namespace -}}
 {{- if .Values.imagePullSecrets }}{{ $names := list }}{{ range .Values.imagePullSecrets }}{{ $names = append $names .name }}{{ end }}{{ $_ := set $own "imagePullSecrets" $names }}{{ end -}}
-{{- $contained := dict "spec" (dict "securityContext" (dict "runAsNonRoot" true)) -}}
+{{- $contained := dict "spec" (dict "securityContext" (dict "runAsNonRoot" true "runAsUser" 1000 "runAsGroup" 1000)) -}}
 {{- $_ := set $own "podTemplate" $contained -}}
 {{- $compute := dict "name" "cluster" "kind" "kubernetes" "region" .Values.workers.region "config" (mergeOverwrite $own .Values.workers.config) -}}
 {{- range $key := list "slots" "cpu" "memory" "gpu" }}{{ with index $.Values.workers $key }}{{ $_ := set $compute $key . }}{{ end }}{{ end -}}
