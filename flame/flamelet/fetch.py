@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+import flame
 from flame.client.follow import insist
 from flame.client.http import Query, Session
-from flame.errors import SpecError
+from flame.errors import ServerError, SpecError
 from flame.flamelet.settings import Settings
 from flame.spec import bundle
 from flame.spec.records import Manifest
@@ -30,7 +31,14 @@ async def fetch(session: Session, url: str, query: Query, settings: Settings) ->
     """
 
     async def manifest() -> Manifest:
-        return await session.call("GET", f"{url}/manifest", query=query, into=Manifest)
+        try:
+            return await session.call("GET", f"{url}/manifest", query=query, into=Manifest)
+        except ServerError as error:
+            if not isinstance(error.__cause__, msgspec.ValidationError):
+                raise
+            raise SpecError(  # trying again would not change it
+                f"The Flame {flame.__version__} that this worker has (in its image?) is of another version than the server's: {error.__cause__}."
+            ) from error
 
     async def code() -> bytes:
         return await session.call("GET", f"{url}/code", query=query, into=bytes)
