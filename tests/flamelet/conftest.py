@@ -73,6 +73,7 @@ class FakeServer:
         self.lease_seconds = 60.0
         self.refusal: tuple[int, str] | None = None
         self.refuse_artifacts = False
+        self.newer: dict[str, Any] = {}  # what only a later version of Flame knows of a task
         self.swallow = 0  # answers that get lost after the request has had its effect
         self.connections = 0
         self._changed = asyncio.Condition()
@@ -156,7 +157,8 @@ class FakeServer:
                 await self._changed.wait_for(lambda: len(self.events) > len(sent))
 
     async def _get_manifest(self, _: web.Request) -> web.Response:
-        manifest = Manifest(config=config(), code=self.promised, job_key="ab" * 32, attempt=1)
+        manifest = msgspec.to_builtins(Manifest(config=config(), code=self.promised, job_key="ab" * 32, attempt=1))
+        manifest["config"] |= self.newer
         return web.Response(body=msgspec.json.encode(manifest), content_type="application/json")
 
     async def _get_code(self, _: web.Request) -> web.Response:

@@ -109,6 +109,16 @@ async def test_code_that_is_not_what_the_manifest_promises_is_not_run(start: Any
     assert server.log == b""
 
 
+async def test_a_worker_of_another_version_says_so_and_does_not_try_for_an_hour(start: Any) -> None:
+    server, worker = await start("print('run')")
+    server.newer = {"wish": 1}
+    await server.down()
+    await server.up()
+    final = await server.until_state("failed")
+    assert await worker.exit() == 0
+    assert "is of another version than the server's: Object contains unknown field `wish`" in final["message"]
+
+
 async def test_the_whole_log_is_there_before_the_final_report(start: Any) -> None:
     server, worker = await start("print(*(f'line {i}' for i in range(300000)), 'no newline', sep='\\n', end='')")
     await server.until_state("completed")
