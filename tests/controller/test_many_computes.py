@@ -43,7 +43,8 @@ def datasets(*realms: str) -> list[Dataset]:
 async def complete(bench: Any, job: Job, *worlds: Any) -> Job:
     """Play the workers of a job, on whatever machine each is."""
     await bench.state(job.id, JobState.DEPLOYING, JobState.RUNNING)
-    for task in await bench.controller.tasks(job.id):
+    for task in sorted(await bench.controller.tasks(job.id), key=lambda task: task.role != "trainer"):
+        # The aggregator last: what it leaves is done.
         await bench.until(lambda name=f"{task.id}.{task.attempt}": any(name in world.workers for world in worlds))
         flamelet = bench.flamelet(task)
         if task.state is TaskState.DEPLOYING:

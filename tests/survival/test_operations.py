@@ -78,8 +78,9 @@ class Server:
 
     def state(self, job, state):
         deadline = time.monotonic() + 60
-        while (found := self.call("job", "get", job))["state"] != state:
-            assert time.monotonic() < deadline, found
+        while (found := self.call("job", "get", job))["state"] != state and found["state"] != "failed":
+            assert time.monotonic() < deadline, (found["state"], found.get("failure"), found["warnings"])
+        assert found["state"] == state, (found.get("failure"), found["warnings"])
         return found
 
     def model(self, job):

@@ -8,9 +8,14 @@ the registry and, as ``model.safetensors``, to the server. Those of independent 
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from flame.errors import WorkerError
 from flame.sdk import modelfile, registries
 from flame.sdk.checkpoints import State
 from flame.sdk.mode.role import Role, return_memory
@@ -22,6 +27,8 @@ log = logging.getLogger(__name__)
 #: How long the end of a job may wait for its registry, and for the server to take the model, in seconds.
 REGISTRY_SECONDS = 60.0
 ARTIFACT_SECONDS = 600.0
+#: How long to wait before a full disk is tried again, in seconds.
+FULL_SECONDS = 1.0
 
 
 class RoundKeeper(Role):
@@ -124,7 +131,7 @@ class RoundKeeper(Role):
             "rounds": str(self._round - 1),
             "schema": config.schema,
         }
-        modelfile.save(path, weights, about)
+        self._write(path, weights, about)
         self.registry_client.save_model(name, self.model, path)
         kept = self.link.artifact(path.name, path, ARTIFACT_SECONDS)
         version = self.registry_client.finish(REGISTRY_SECONDS)
@@ -138,6 +145,23 @@ class RoundKeeper(Role):
                 **({"group": group} if group else {}),
             }
         )
+
+    def _write(self, path: Path, weights: Mapping[str, Any], about: Mapping[str, str]) -> None:
+        """Write the model. A disk that is full may not stay so: what the whole job has made is worth some patience.
+
+        :raises flame.errors.WorkerError: it cannot be written.
+        """
+        deadline = time.monotonic() + ARTIFACT_SECONDS
+        while True:
+            try:
+                modelfile.save(path, weights, about)
+                self.link.waiting("")
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > deadline:
+                    raise WorkerError(f"The model cannot be written to {path}: {error.strerror}.") from error
+                self.link.waiting(f"Waiting for room on the disk of {path.parent}: the model cannot be written.")
+                time.sleep(FULL_SECONDS)
 
     def close(self) -> None:
         """See :class:`Role`."""
