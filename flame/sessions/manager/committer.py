@@ -65,8 +65,24 @@ class Committer:
                     call()
                 for live in lives:
                     self._told(live)
+                    if live.keeper.due:
+                        await self._sum_up(live)
         finally:
             self._writing = None
+
+    async def _sum_up(self, live: Live) -> None:
+        """Write a summary, and remove what it makes needless. What has happened since the last commit is not in it."""
+        if live.id in self._dirty:  # it would say more than what is written
+            return
+        outdated = live.keeper.outdated(live.book, live.members)
+        live.last += 1
+        data = journal.summary(live.book, live.members)
+        live.keeper.note(live.last, journal.SUMMARY)
+        await self._record([(journal.name(live.id), live.last, data)])
+        try:
+            await self._store.forget(journal.name(live.id), outdated)
+        except StoreError as error:
+            log.warning("the journal of session %s is not shortened: %s", live.id, error)
 
     async def _record(self, entries: list[tuple[str, int, bytes]]) -> None:
         while entries:
@@ -86,20 +102,23 @@ class _Commit:
         self._live = live
         self._accepted, live.accepted = live.accepted, []
         ends, live.ends = live.ends, []
-        for data in live.entries:
+        for data, *what in live.entries:
             live.last += 1
             entries.append((place, live.last, data))
+            live.keeper.note(live.last, *what)
         live.entries = []
         self._rows: dict[str, list[journal.Row]] = {}
         if ends:
             live.last += 1
             entries.append((place, live.last, journal.ended(ends)))
+            live.keeper.note(live.last, journal.ENDED)
             for work, state, payload in ends:
                 self._rows.setdefault(work.client, []).append((work.number, work.id, state, payload))
         self._entry = live.last
         for client, read in live.read.items():
             live.last += 1
             entries.append((place, live.last, journal.acknowledged(client, read)))
+            live.keeper.note(live.last, journal.ACKNOWLEDGED)
         live.read = {}
 
     def tell(self) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from flame.controller.shelf import Saved
 from flame.sessions.lifecycle import Book, End, Options, Work
 from flame.sessions.manager import journal
-from flame.sessions.manager.journal import Member
+from flame.sessions.manager.journal import Keeper, Member
 from flame.sessions.scheduler import Need
 from flame.spec.sessions import Counts, SessionRecord
 
@@ -59,8 +59,9 @@ class Live:
         self.common = record.form.common
         self.files: dict[str, bytes] = {}
         self.last = 0  # of the journal's records
+        self.keeper = Keeper()
         # What the next commit writes, and whom it then tells.
-        self.entries: list[bytes] = []
+        self.entries: list[tuple[bytes, int, int, int]] = []
         self.accepted: list[tuple[Member, journal.Block]] = []
         self.ends: list[End] = []
         self.read: dict[str, list[int]] = {}
@@ -136,7 +137,8 @@ class Live:
             begin = self.book.submit(client, first, payloads, options)
             block = (first, begin, len(payloads))
             member.accept(block)
-            self.entries.append(journal.submitted(client, first, begin, options, payloads))
+            data = journal.submitted(client, first, begin, options, payloads)
+            self.entries.append((data, journal.SUBMITTED, begin, len(payloads)))
             self.accepted.append((member, block))
         return known
 
@@ -157,7 +159,7 @@ class Live:
 
     def lost(self, work: Work) -> None:
         """A task is on its next attempt."""
-        self.entries.append(journal.attempt(work))
+        self.entries.append((journal.attempt(work), journal.ATTEMPT, 0, 0))
 
     # ------------------------------------------------------------------------------------------------ what is seen
 

@@ -118,7 +118,7 @@ class Manager:
             after = records[-1][0]
         self._order += 1
         live = Live(saved, self._order)
-        live.last = past.last
+        live.last, live.keeper = past.last, past.keeper
         live.members = past.members
         live.book.restore(past.next, past.works.values(), past.ended)
         if live.common is None and live.form.common_digest is not None:
@@ -234,7 +234,7 @@ class Manager:
         return self._lives.get(id)
 
     async def tasks(self, id: str, after: int, limit: int, state: WorkState | None = None) -> list[WorkRecord]:
-        """A session's tasks in order of their ids, from the journal."""
+        """A session's tasks in order of their ids, from the journal: those without an end, and the newest that have one."""
         await self.session(id)
         live = self._lives.get(id)
         place, ends, total, seen = journal.name(id), dict[int, WorkRecord](), 0, 0
@@ -256,8 +256,10 @@ class Manager:
             work = ends.get(number)
             if work is None:
                 waiting = live.book.live.get(number) if live else None
+                if waiting is None:  # so long ago that its record was removed
+                    continue
                 now = WorkState.RUNNING if number in running else WorkState.PENDING
-                work = WorkRecord(id=number, state=now, attempt=waiting.attempt if waiting else 1)
+                work = WorkRecord(id=number, state=now, attempt=waiting.attempt)
             if state is None or work.state is state:
                 found.append(work)
                 if len(found) == limit:
