@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -22,6 +22,10 @@ from flame.runners.docker_container import Containers, signal_of
 from flame.runners.docker_engine import Engine, Refused, log
 from flame.runners.docker_images import Dependencies, Images, Once
 from flame.runners.docker_network import Route
+
+T = TypeVar("T")
+#: Seconds after which a worker is said to wait for something.
+_MOMENT = 1.0
 
 
 class _Worker:
@@ -142,14 +146,34 @@ class DockerRunner(Runner):
         info = WorkerInfo(spec.task, spec.job, spec.attempt, "")
         image = spec.image or self._config.image
         try:
-            image_id = await self._images.have(image)
-            packages = await self._dependencies.have(image, image_id, spec.dependencies)
+            image_id = await self._before(info, f"Its image {image} is being pulled.", self._images.have(image))
+            packages = await self._before(
+                info,
+                f"Its dependencies are being installed: {', '.join(spec.dependencies)}.",
+                self._dependencies.have(image, image_id, spec.dependencies),
+            )
             environment = await self._route.lead(spec.environment)
             with self._look():
                 container = await self._containers.start(spec, image, packages, environment)
                 return self._adopt(info._replace(handle=container)).info
         except Refused as refusal:
             raise RunnerError(f"The container of {spec.name} could not be started: {refusal.reason}") from refusal
+
+    async def _before(self, info: WorkerInfo, waits: str, work: Coroutine[Any, Any, T]) -> T:
+        """What must be done before a worker can be started; if it takes more than a moment, the worker is said to wait for it."""
+        doing = asyncio.ensure_future(work)
+        done, _ = await asyncio.wait([doing], timeout=_MOMENT)
+        if done:
+            return doing.result()
+        self._say(info, waits)
+        try:
+            return await doing
+        finally:
+            self._say(info, None)
+
+    def _say(self, info: WorkerInfo, message: str | None) -> None:
+        if self.on_news is not None:
+            self.on_news(info, message)
 
     def _adopt(self, info: WorkerInfo, *, ended: bool = False) -> _Worker:
         worker = self._workers[_name(info)] = _Worker(info)
@@ -197,6 +221,8 @@ class DockerRunner(Runner):
         if self._away is None:
             self._away = error.message
             log.warning("%s Workers there may go on; it is asked again until it answers.", error.message)
+            for worker in self._workers.values():
+                self._say(worker.info, error.message)
 
     async def _compare(self) -> None:
         """The engine answers, for the first time or again: see what has become of the workers meanwhile."""
@@ -209,6 +235,8 @@ class DockerRunner(Runner):
             container = there.get(worker.info.handle)
             if container is None or container.ended:
                 self._see_off(worker, away=away)
+            elif away:
+                self._say(worker.info, None)
 
     def _see_off(self, worker: _Worker, *, away: bool = False) -> None:
         if worker.watch is None or (worker.watch.done() and not worker.gone.is_set()):

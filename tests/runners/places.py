@@ -40,10 +40,12 @@ class Place(ABC):
         self.instance = instance or uuid.uuid4().hex[:16]
         self.config = config
         self.exits: list[tuple[WorkerInfo, WorkerExit]] = []
+        self.news: list[tuple[WorkerInfo, str | None]] = []
         self.runners: list[Runner] = []
 
     async def open(self) -> Runner:
         runner = make_runner(self.kind, self.config, instance=self.instance, data_dir=self.data_dir)
+        runner.on_news = lambda worker, message: self.news.append((worker, message))
         await runner.open(lambda worker, how: self.exits.append((worker, how)))
         self.runners.append(runner)
         return runner

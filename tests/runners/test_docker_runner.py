@@ -224,11 +224,10 @@ async def test_dependencies_are_installed_once_and_cannot_be_written_to(engine: 
 async def test_what_the_image_has_is_not_installed_again(engine: DockerPlace) -> None:
     engine.config["image"] = engines.docker_image()
     runner = await engine.open()
-    before = await engine.docker("volume", "ls", "--quiet")
     worker = await runner.start(engine.spec("a", "import=numpy", dependencies=["numpy"]))
     await engine.ready(runner, worker)
     assert "/opt/flame/" in await engine.printed(runner, worker)
-    assert await engine.docker("volume", "ls", "--quiet") == before
+    assert await engine.docker("volume", "ls", "--quiet", "--filter", "label=flame.requirements=numpy") == ""
 
 
 async def test_dependencies_that_do_not_exist_are_named(engine: DockerPlace) -> None:
@@ -424,6 +423,9 @@ async def test_workers_that_outlive_a_killed_engine_are_kept_and_followed_on(tmp
             while sorted(await runner.list()) != sorted(workers):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert there.exits == []
+        await eventually(lambda: len(there.news) == 4)  # meanwhile it was said why nothing was heard of them
+        assert all("Docker engine" in (message or "") for _, message in there.news[:2])
+        assert sorted(there.news[2:]) == sorted((worker, None) for worker in workers)
         await there.kill(workers[0], "SIGKILL")
         reported, how = await ended(there)
         assert (reported, how.signal) == (workers[0], "SIGKILL")
