@@ -91,7 +91,7 @@ async def target(folder: Path, seed: int) -> AsyncIterator[tuple[Server, dict[st
             running = await client.jobs.create(_form(digest))
             await client.jobs.start(running.id)
             async with asyncio.timeout(60):
-                async for event in client.jobs.events(running.id):
+                async for event in client.jobs.events(running.id, follow=True):
                     if event.type == "task" and event.data["state"] == TaskState.RUNNING.value:
                         break
             ready = await client.jobs.create(msgspec.structs.replace(_form(digest), name="ready"))

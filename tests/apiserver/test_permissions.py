@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 from aiohttp import web
+
+sys.path.insert(0, str(Path(__file__).parent))
+import permission_table
 
 from flame.apiserver import app
 from flame.apiserver.app import ROUTES
@@ -210,6 +214,12 @@ def test_a_route_cannot_be_written_without_a_permission() -> None:
     with pytest.raises(TypeError, match="access"):
         Route(method="GET", path="/v1/new", handler=passed, summary="Ask something.")  # type: ignore[call-arg]
     assert {route.access for route in ROUTES} <= {*EXPECTED, *OTHERWISE}
+
+
+def test_the_page_on_security_says_what_holds() -> None:
+    page = permission_table.PAGE.read_text("utf-8")
+    hint = "run `python tests/apiserver/permission_table.py`"
+    assert permission_table.shown(page) == permission_table.table(), hint
 
 
 async def test_a_resource_whose_owner_nobody_can_tell_is_not_served(
