@@ -16,7 +16,7 @@ import msgspec
 from flame.controller.computes import Site
 from flame.controller.context import DEFAULT, Context
 from flame.controller.placement import WORLD, Load, segments
-from flame.errors import Conflict, FlameError, SpecError
+from flame.errors import Conflict, FlameError, SpecError, UsageError
 from flame.runners import read_config
 from flame.runners.base import Capacity
 from flame.runners.secret import masked, unmasked
@@ -144,7 +144,10 @@ class Register:
         return self._status(site)
 
     def _check(self, form: Compute) -> None:
-        read_config(form.kind, form.config)
+        try:
+            read_config(form.kind, form.config)
+        except UsageError as error:  # a kind that there is not, in a form that is otherwise one
+            raise SpecError(error.message, "kind") from error
         if form.memory is not None:
             parse_bytes(form.memory, "memory")
         if form.server and urlsplit(form.server).scheme not in ("http", "https"):

@@ -15,7 +15,7 @@ from msgspec import Meta, field
 from flame.spec.quantities import parse_bytes
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
-ComputeName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
+ComputeName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}(?![\s\S])")]
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 Kwargs = dict[str, Any]
@@ -36,6 +36,13 @@ class Resources(Form, frozen=True, kw_only=True):
     cpu: PositiveFloat | None = None
     memory: str | PositiveInt | None = None
     gpu: Annotated[int, Meta(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no amount here: whoever reckons with it later has nobody to complain to.
+
+        :raises flame.errors.SpecError: the memory is no amount of memory.
+        """
+        _ = self.memory_bytes
 
     @property
     def memory_bytes(self) -> int | None:

@@ -25,9 +25,11 @@ def parse_bytes(amount: str | int, where: str | None = None) -> int:
     if isinstance(amount, int):
         found = amount
     else:
-        match = _FORM.fullmatch(amount.strip())
+        match = _FORM.fullmatch(amount.strip()) if len(amount) <= 40 else None
         if match is None or match[2] not in _SUFFIXES:
-            raise SpecError(f"{amount!r} is no amount of memory; write it like 512Mi, 2Gi or a number of bytes.", where)
+            raise SpecError(
+                f"{amount[:40]!r} is no amount of memory; write it like 512Mi, 2Gi or a number of bytes.", where
+            )
         found = int(float(match[1]) * _SUFFIXES[match[2]])
     if found < 1:
         raise SpecError(f"{amount!r} is no amount of memory: it must be more than nothing.", where)

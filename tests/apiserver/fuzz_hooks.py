@@ -26,18 +26,17 @@ def map_path_parameters(context: Any, path_parameters: Any) -> Any:
 
 @schemathesis.hook
 def map_query(context: Any, query: Any) -> Any:
-    """Streams are asked for what there is, not for what is to come: nothing does. And for the attempt that there is."""
-    if isinstance(query, dict):
-        if query.get("follow") not in (None, False, "false"):
-            query["follow"] = "false"
-        if "attempt" in query and _chance.random() < 0.66:
-            query["attempt"] = 1
+    """Two of three times, the attempt that there is."""
+    if isinstance(query, dict) and "attempt" in query and _chance.random() < 0.66:
+        query["attempt"] = 1
     return query
 
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """Routes for workers get the key of the task that runs. Where the fuzzer tries without a token, so it stays."""
+    """Streams are asked for what there is. Routes for workers get the key of the task that runs. Where the fuzzer tries without a token, so it stays."""
+    if isinstance(case.query, dict) and case.query.get("follow") in (True, "true"):
+        case.query["follow"] = "false"  # what is to come does not come: nothing happens here
     headers = case.headers if case.headers is not None else {}
     operation = f"{case.operation.method.upper()} {case.operation.path}"
     if operation in _KNOWN["workers"] and headers.get("Authorization") == f"Bearer {_KNOWN['token']}":

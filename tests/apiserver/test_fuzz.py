@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fuzz import fuzz
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_the_server_answers_whatever_is_sent_as_its_document_says() -> None:
-    result = await fuzz(1, seed=1, examples=6)
+    result = await fuzz(1, seed=1, examples=2, phases="coverage,fuzzing")
     assert not result["complaints"], result["complaints"][0]
     assert result["fiveHundreds"] == 0
     assert result["requests"] > 1000

@@ -42,6 +42,9 @@ THINGS: dict[str, str] = {
     "tokens": "token",
     "projects": "project",
     "computes": "compute",
+    "apps": "app",
+    "sessions": "session",
+    "executors": "task",
 }
 #: Resources of the server itself: no project hides them. What their handlers look at is tested further down.
 OF_ALL = {"bundles", "users", "tokens", "projects", "computes"}
@@ -240,6 +243,9 @@ async def test_lists_show_what_their_reader_may_see(world: World) -> None:
             assert len(found) == jobs
             assert len(await client.designs.list()) == jobs
             assert len(await client.datasets.list()) == 2 * jobs
+            for noun in ("apps", "sessions"):
+                headers = {"Authorization": f"Bearer {world.tokens[who]}"}
+                assert len((await world.served.call("GET", f"/v1/{noun}", headers=headers))[1]["items"]) == jobs
             if who != "ada":
                 assert {job.project for job in found} == {PEOPLE[who][1]}
     async with Client(world.served.url, world.tokens["pat"]) as pat:

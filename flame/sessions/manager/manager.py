@@ -181,6 +181,8 @@ class Manager:
                 check_same(form, live.form, SessionState.OPEN)
                 return live
             saved = await self._sessions.get(form.id)
+            if saved is not None and not sees(saved.record):
+                raise Conflict(f"There is a session {form.id!r} already; choose another id.")
             if saved is not None:
                 check_same(form, saved.record.form, saved.record.state)
             return await self._open_new(form, project, owner, sees)
