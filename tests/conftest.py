@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import shutil
 import socket
 import subprocess
 import uuid
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -132,6 +134,20 @@ async def mongo_url(mongo_server: str) -> AsyncIterator[str]:
         await client.drop_database(name)
 
 
+def let_sockets_go() -> None:
+    """pymongo leaves the socket of an attempt to connect, which its own end has cancelled, to the garbage collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture
+def sockets_may_stay() -> Iterator[None]:
+    """For tests in which MongoDB cannot be reached."""
+    yield
+    let_sockets_go()
+
+
 class PrivateMongo:
     """A FerretDB of a test's own, which can be killed and started again."""
 
@@ -154,3 +170,4 @@ async def private_mongo() -> AsyncIterator[PrivateMongo]:
     await private.start()
     yield private
     await asyncio.to_thread(forget, f"mongo-{private.port}")
+    let_sockets_go()

@@ -24,6 +24,8 @@ from flame.errors import NotFound, StoreError
 T = TypeVar("T")
 
 _PARTIAL = ".partial-"
+#: The top-level folders that artifacts are put into. Others in a data directory are not ours, and may be vast.
+_FOLDERS = ("artifacts", "bundles", "checkpoints", "logs")
 
 
 class FileArtifacts(Artifacts):
@@ -108,6 +110,11 @@ class FileArtifacts(Artifacts):
     async def delete_all(self, folder: str) -> None:
         """See the base class."""
         await asyncio.to_thread(shutil.rmtree, self._path(folder), True)
+
+    async def check(self) -> None:
+        """See the base class. What killed servers have left half-written goes away."""
+        for folder in _FOLDERS:
+            await asyncio.to_thread(self.sweep, folder)
 
     async def close(self) -> None:
         """See the base class."""

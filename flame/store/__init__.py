@@ -62,7 +62,8 @@ async def take_lock(url: str, store: Store, *, place: str, takeover: float, wait
     from flame.store.mongodb import MongoStore
 
     assert isinstance(store, MongoStore)
-    lock = ServerLock(MongoStore(url), place, takeover)
+    # Not migrated before the lock is ours: an older server may be at work.
+    lock = ServerLock(MongoStore(url, migrate=False), place, takeover)
     try:
         await lock.take(wait=wait)
     except BaseException:

@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from flame.errors import MissingExtra, StoreError, UsageError
+from flame.store import mongo_migrations
 
 try:
     from pymongo import AsyncMongoClient, errors
     from pymongo.asynchronous.collection import AsyncCollection
+    from pymongo.asynchronous.database import AsyncDatabase
     from pymongo.uri_parser import parse_uri
 except ImportError as missing:
     raise MissingExtra("pymongo", "mongodb", "A database on MongoDB") from missing
@@ -30,7 +32,6 @@ T = TypeVar("T")
 Fields = dict[str, Any]
 Collection = AsyncCollection[Fields]
 
-VERSION = 1
 #: Seconds after which what a process has begun and not ended counts as given up; twice as long as a write waits for a server.
 ABANDONED = 120.0
 _PATIENCE = 60.0
@@ -53,10 +54,12 @@ class MongoServer:
     atomic everywhere. A server that holds the lock of the database (``guard``) is alone, and needs no claims.
 
     :param url: ``mongodb://[user:password@]host[:port]/[database][?options]``; the database's name is ``flame`` by default.
+    :param migrate: bring the database to the newest version when it is opened; not for who waits for its lock.
     :raises flame.errors.UsageError: the URL is malformed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, migrate: bool = True) -> None:
+        self._migrates = migrate
         try:
             parsed = parse_uri(url, warn=True)
         except (errors.PyMongoError, ValueError) as error:
@@ -224,19 +227,32 @@ class MongoServer:
         try:
             info = await self.patiently(lambda _: client.server_info(), patience=_FIRST_PATIENCE)
             self.by_id_alone = _by_id_alone(info)
-            meta = client[self._database]["meta"]
-            await self.create(meta, {"_id": "schema", "version": VERSION, "op": sign()})
-            found = await self.get(meta, "schema", "version")
-            version = (found or {}).get("version")
-            if version != VERSION:
-                raise StoreError(
-                    f"The database {self._database} on MongoDB at {self.name} was written by a newer Flame (version"
-                    f" {version}, this Flame knows {VERSION}). Install that Flame, or choose another database."
-                )
+            if self._migrates:
+                await self._migrate(client[self._database])
         except BaseException:
             await client.close()
             raise
         return client
+
+    async def _migrate(self, database: AsyncDatabase[Fields]) -> None:
+        """Bring the database to the newest version, step by step; each is written down before the next."""
+        meta, newest = database["meta"], 1 + len(mongo_migrations.STEPS)
+        await self.create(meta, {"_id": "schema", "version": newest, "op": sign()})
+        while (version := _version(await self.get(meta, "schema", "version"))) < newest:
+            step = mongo_migrations.STEPS[version - 1]
+            await self.patiently(lambda _: step(database))  # noqa: B023 - called at once
+            op = sign()
+            change = {"$set": {"version": version + 1, "op": op}}
+            await self.swap(meta, "schema", {"version": version}, change, lambda found: bool(found["op"] == op))  # noqa: B023
+        if version > newest:
+            raise StoreError(
+                f"The database {self._database} on MongoDB at {self.name} was written by a newer Flame (version"
+                f" {version}, this Flame knows {newest}). Install that Flame, or choose another database."
+            )
+
+
+def _version(found: Fields | None) -> int:
+    return int(found["version"]) if found else 0
 
 
 def _by_id_alone(server_info: Fields) -> bool:
@@ -246,4 +262,7 @@ def _by_id_alone(server_info: Fields) -> bool:
 def _reason(error: Exception) -> str:
     details = getattr(error, "details", None)
     text = details.get("errmsg") if isinstance(details, Mapping) else None
-    return str(text or error).split(", Timeout:", maxsplit=1)[0].rstrip(".") or type(error).__name__
+    return (
+        str(text or error).split(", Timeout:", maxsplit=1)[0].split(" (configured", maxsplit=1)[0].rstrip(".")
+        or type(error).__name__
+    )

@@ -40,11 +40,12 @@ class MongoStore(Store):
     """State in a MongoDB database.
 
     :param url: see :class:`flame.store.mongo_server.MongoServer`.
+    :param migrate: likewise.
     :raises flame.errors.UsageError: the URL is malformed. Whether the server is there is found out at the first use.
     """
 
-    def __init__(self, url: str) -> None:
-        self._server = MongoServer(url)
+    def __init__(self, url: str, *, migrate: bool = True) -> None:
+        self._server = MongoServer(url, migrate=migrate)
         self._streams = MongoStreams(self._server)
         self._journals = MongoJournals(self._server)
         self._indexed: set[str] = set()

@@ -23,6 +23,10 @@ async def test_half_written_files_of_a_killed_process_are_removed_and_those_in_w
     await place.put("a/b", data())
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b"]
     assert await place.get("a/b") == b"firstsecond"
+    await place.put("artifacts/job/model", b"whole")
+    (tmp_path / "artifacts" / "job" / ".partial-killed").write_bytes(b"half")
+    await FileArtifacts(tmp_path).check()  # as a server does when it starts
+    assert [path.name for path in (tmp_path / "artifacts" / "job").iterdir()] == ["model"]
 
 
 async def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:

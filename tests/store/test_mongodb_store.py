@@ -14,6 +14,8 @@ from flame.errors import Conflict, MissingExtra, StoreError, UsageError
 from flame.store import open_store
 from flame.store.mongodb import MongoStore
 
+pytestmark = pytest.mark.usefixtures("sockets_may_stay")
+
 
 @pytest.fixture
 async def store(mongo_url: str) -> AsyncIterator[MongoStore]:
@@ -129,6 +131,34 @@ async def test_a_database_of_a_newer_flame_is_refused(store: MongoStore, mongo_u
     with pytest.raises(StoreError, match=r"written by a newer Flame \(version 99"):
         await newer.get("jobs", "1")
     await newer.close()
+
+
+async def test_migrations_are_taken_in_order_and_once_though_servers_start_at_once(
+    store: MongoStore, mongo_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.insert("jobs", "1", {"n": 1})  # written by the version before
+    taken: list[str] = []
+
+    async def first(database: Any) -> None:
+        taken.append("first")
+        await database["docs.jobs"].update_one({"_id": "1"}, {"$set": {"body": '{"n": 2}'}})
+
+    async def second(database: Any) -> None:
+        assert (await database["meta"].find_one({"_id": "schema"}))["version"] == 2, "each step is written down"
+        taken.append("second")
+        await database["docs.jobs"].update_one({"_id": "1"}, {"$set": {"body": '{"n": 3}'}})
+
+    monkeypatch.setattr("flame.store.mongo_migrations.STEPS", (first, second))
+    servers = [MongoStore(mongo_url) for _ in range(3)]
+    found = await asyncio.gather(*(server.get("jobs", "1") for server in servers))
+    assert {document.body["n"] for document in found if document} == {3}
+    assert sorted(set(taken)) == ["first", "second"]
+    before = list(taken)
+    again = MongoStore(mongo_url)
+    await again.get("jobs", "1")
+    assert taken == before
+    for server in (*servers, again):
+        await server.close()
 
 
 async def test_a_server_that_is_not_there_is_an_error_without_the_password(
