@@ -117,7 +117,7 @@ async def update_app(call: Call[Application, NoQuery]) -> AppRecord:
 
 async def delete_app(call: Call[None, NoQuery]) -> None:
     """Remove an application."""
-    await call.api.sessions.apps.delete(call.path("id"))
+    await call.api.sessions.delete_app(call.path("id"))
 
 
 async def create(call: Call[SessionForm, NewQuery]) -> SessionRecord:
@@ -150,6 +150,11 @@ async def tasks(call: Call[None, TasksQuery]) -> Page[WorkRecord]:
 async def close(call: Call[None, CloseQuery]) -> SessionRecord:
     """Close a session."""
     return await call.api.sessions.close_session(call.path("id"), force=call.query.force)
+
+
+async def delete(call: Call[None, NoQuery]) -> None:
+    """Remove a closed session."""
+    await call.api.sessions.delete_session(call.path("id"))
 
 
 async def watch(call: Call[None, NoQuery]) -> web.StreamResponse:
@@ -286,6 +291,15 @@ ROUTES = [
         access=Access.READ,
         answer=SessionRecord,
         refusals=(404,),
+    ),
+    Route(
+        method="DELETE",
+        path=_ONE,
+        handler=delete,
+        summary="Remove a closed session, with what is known of its tasks.",
+        access=Access.WRITE,
+        status=204,
+        refusals=(404, 409),
     ),
     Route(
         method="GET",

@@ -185,15 +185,14 @@ class Catalog:
         return bundle.folders(data, "the code")
 
     async def release(self, digest: str | None) -> None:
-        """Remove a bundle that no design and no job refers to any more."""
+        """Remove a bundle that no design, job, application or session refers to any more."""
         if digest is None:
             return
         async with self.bundles:
-            where = {"code": digest}
-            if not await self._context.designs.find(where, limit=1) and not await self._context.jobs.find(
-                where, limit=1
-            ):
-                await self._context.bundles.delete(digest)
+            for collection in ("designs", "jobs", "apps", "sessions"):
+                if await self._context.store.find(collection, where={"code": digest}, limit=1):
+                    return
+            await self._context.bundles.delete(digest)
 
     # ---------------------------------------------------------------------------------------------- datasets
 

@@ -85,11 +85,12 @@ class SessionForm(Form, frozen=True, kw_only=True):
 
 
 class AppRecord(Record, kw_only=True):
-    """A registered application."""
+    """A registered application. ``code`` is the application's, where bundles in use are looked for."""
 
     id: str
     name: str
     application: Application
+    code: str | None = None
     created_at: float = 0.0
     updated_at: float = 0.0
     project: str = "default"
@@ -158,6 +159,7 @@ class SessionRecord(Record, kw_only=True):
     state: SessionState
     form: SessionForm
     application: Application
+    code: str | None = None
     counts: Counts = field(default_factory=Counts)
     executors: list[ExecutorRecord] = field(default_factory=list)
     reason: str | None = None

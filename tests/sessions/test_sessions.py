@@ -242,3 +242,25 @@ async def test_a_registered_application_is_used_by_its_name(served: Any) -> None
         assert await session.invoke(5) == 25
     async with served.open(app.id, max_instances=1) as session:
         assert await session.invoke(6) == 36
+
+
+async def test_a_closed_session_can_be_removed_and_its_code_goes_with_the_last_that_needs_it(served: Any) -> None:
+    manager = served.manager
+    async with served.open(sessionkit.square, max_instances=1) as session:
+        assert await session.invoke(2) == 4
+        with pytest.raises(Conflict, match="is open"):
+            await manager.delete_session(session.id)
+    code = (await manager.session(session.id)).code
+    app = await manager.apps.create(
+        flame.spec.sessions.Application(name="squares", entry="sessionkit:square", code=code),
+        project="default",
+        owner="local",
+    )
+    assert await manager.sweep(0.0) == []
+    assert await manager.sweep(1e12) == [session.id]
+    with pytest.raises(NotFound):
+        await manager.session(session.id)
+    assert await manager.context.store.recall(f"session/{session.id}") == []
+    assert await manager.context.bundles.get(code) is not None
+    await manager.delete_app(app.id)
+    assert await manager.context.bundles.get(code) is None

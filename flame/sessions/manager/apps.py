@@ -61,6 +61,7 @@ class Apps:
                 id=secrets.token_hex(12),
                 name=application.name,
                 application=application,
+                code=application.code,
                 created_at=now,
                 updated_at=now,
                 project=project,
@@ -92,7 +93,11 @@ class Apps:
             if other is not None and other.id != id:
                 raise Conflict(f"There is an application named {application.name!r} already.")
             record = msgspec.structs.replace(
-                saved.record, name=application.name, application=application, updated_at=time.time()
+                saved.record,
+                name=application.name,
+                application=application,
+                code=application.code,
+                updated_at=time.time(),
             )
             await self._shelf.put(saved, record)
         return record
@@ -133,6 +138,11 @@ class Apps:
                 del self._unpacked[next(iter(self._unpacked))]
             self._unpacked[code] = files
         return self._unpacked[code]
+
+    def forget(self, code: str | None) -> None:
+        """A bundle may be removed: whoever wants it next must look whether it is there."""
+        if code is not None:
+            self._unpacked.pop(code, None)
 
     async def bundle(self, digest: str) -> bytes:
         """A bundle.

@@ -50,6 +50,8 @@ CALM = 0.02
 DEPLOY = 120.0
 #: Seconds that an executor may be without a connection. Its end is mostly noticed by its runner, at once.
 REUNION = 15.0
+#: Seconds between two looks at closed sessions.
+RETIRING = 600.0
 #: Seconds that an executor gets to end once it was let go.
 PARTING = 5.0
 
@@ -64,6 +66,7 @@ class Manager:
 
     def __init__(self, controller: Controller) -> None:
         context = controller.context
+        self._catalog = controller.catalog
         self.context = context
         self.apps = Apps(context.store)
         self._sessions: Shelf[SessionRecord] = Shelf(context.store, "sessions", SessionRecord)
@@ -200,6 +203,7 @@ class Manager:
             state=SessionState.OPEN,
             form=form,
             application=application,
+            code=application.code,
             created_at=time.time(),
             project=project,
             owner=owner,
@@ -297,6 +301,46 @@ class Manager:
         live.tell()
         self.wake()
         return record
+
+    async def delete_session(self, id: str) -> None:
+        """Remove a closed session, with what is known of its tasks.
+
+        :raises flame.errors.Conflict: it is open.
+        """
+        record = await self.session(id)
+        if id in self._lives:
+            raise Conflict(f"Session {id} is open; close it before you delete it.")
+        await self.context.store.forget(journal.name(id))
+        await self._sessions.delete(id)
+        await self._release_code(record.code)
+
+    async def delete_app(self, id: str) -> None:
+        """Remove an application; sessions that are open go on."""
+        record = await self.apps.get(id)
+        await self.apps.delete(id)
+        await self._release_code(record.code)
+
+    async def _release_code(self, code: str | None) -> None:
+        self.apps.forget(code)
+        await self._catalog.release(code)
+
+    async def retire(self, seconds: float) -> None:
+        """Remove closed sessions when they are so old; looks again and again, for ever."""
+        while True:
+            try:
+                await self.sweep(time.time() - seconds)
+            except FlameError as error:
+                log.error("closed sessions cannot be cleaned up: %s", error)
+            await asyncio.sleep(RETIRING)
+
+    async def sweep(self, before: float) -> list[str]:
+        """Remove the sessions that were closed before a time; gives their ids."""
+        removed = []
+        for saved in await self._sessions.all({"state": SessionState.CLOSED.value}):
+            if (saved.record.closed_at or 0.0) < before:
+                await self.delete_session(saved.id)
+                removed.append(saved.id)
+        return removed
 
     def submit(
         self, live: Live, client: str, first: int, payloads: list[bytes], options: Options
