@@ -100,7 +100,7 @@ async def first_round(client: Client, form: Any, kubernetes: Any) -> float:
 async def scheduled(job: str) -> float:
     """When the last pod of a job was scheduled, in whole seconds of the cluster's clock."""
     process = await asyncio.create_subprocess_exec(
-        "kubectl", "get", "pods", "-A", "-l", f"flame/job={job}", "-o", "json", stdout=asyncio.subprocess.PIPE
+        "kubectl", "get", "pods", "-A", "-l", f"flame-job={job}", "-o", "json", stdout=asyncio.subprocess.PIPE
     )
     output, _ = await process.communicate()
     times = [
