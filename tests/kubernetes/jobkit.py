@@ -18,6 +18,8 @@ import yaml
 from engines import kubectl
 
 TOKEN = "token-of-the-test"
+#: A pod that asks for nothing gets next to nothing of a processor that others use.
+SHARE = {"requests": {"cpu": "50m"}}
 
 #: Trains for as many rounds as it is told. An aggregator that finds a gate on its way waits until it is open.
 TRAINER = """
@@ -155,7 +157,13 @@ class Server:
                     {
                         "name": "cluster",
                         "kind": "kubernetes",
-                        "config": {"kubeconfig": kubeconfig, "namespace": namespace, "image": image, **config},
+                        "config": {
+                            "kubeconfig": kubeconfig,
+                            "namespace": namespace,
+                            "image": image,
+                            "resources": SHARE,
+                            **config,
+                        },
                     }
                 ]
             )

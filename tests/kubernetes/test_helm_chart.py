@@ -17,7 +17,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engines import ROOT, kubectl
-from jobkit import Flame, until
+from jobkit import SHARE, Flame, until
 
 CHART = ROOT / "deploy" / "helm" / "flame"
 
@@ -100,6 +100,7 @@ class Release:
     def install(self, *settings: str) -> None:
         repository, _, tag = self.image.rpartition(":")
         chosen = [f"image.repository={repository}", f"image.tag={tag}", "persistence.size=1Gi", *settings]
+        chosen.append(f"workers.config.resources.requests.cpu={SHARE['requests']['cpu']}")
         chosen.append(f"persistence.storageClassName={self.volume}")
         sets = [part for one in chosen for part in ("--set", one)]
         helm("upgrade", "--install", self.name, str(CHART), "-n", self.namespace, "--wait", "--timeout", "90s", *sets)

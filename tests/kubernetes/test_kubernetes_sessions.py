@@ -58,7 +58,7 @@ async def test_executors_are_pods_that_come_with_the_load_and_go_with_it(server:
 async def test_a_pod_that_is_deleted_by_hand_costs_no_task(server: Server, namespace: str) -> None:
     async with (
         flame.sessions.connect(server.url, TOKEN) as connection,
-        connection.open(sessionkit.slow_square, max_instances=2) as session,
+        connection.open(sessionkit.slow_square, max_instances=2, delay_release=0.5) as session,
     ):
         futures = session.submit_many(range(8000))
         await futures[100]
