@@ -172,6 +172,7 @@ async def fuzz(
                 environment = {
                     **os.environ,
                     "FLAME_FUZZ": json.dumps(known),
+                    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
                     "SCHEMATHESIS_HOOKS": "fuzz_hooks",
                     "PYTHONWARNINGS": "ignore",
                 }
@@ -180,7 +181,7 @@ async def fuzz(
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    cwd=Path(__file__).parent,
+                    cwd=folder,
                 )
                 said = (await process.communicate())[0].decode(errors="replace")
                 if process.returncode:
