@@ -96,10 +96,18 @@ async def artifact(request: web.Request, place: Artifacts, found: Artifact) -> w
     pieces = aiter(place.read(found.name, start, end))
     piece = await anext(pieces, b"")  # what goes wrong so far is still answered in words
     await response.prepare(request)
-    while piece:
-        await response.write(piece)
-        piece = await anext(pieces, b"")
-    await response.write_eof()
+    try:
+        while piece:
+            await response.write(piece)
+            piece = await anext(pieces, b"")
+        await response.write_eof()
+    except ConnectionError:
+        pass  # the caller has gone
+    except Exception:
+        # An answer that says so would be taken for bytes of the artifact: only a broken connection tells.
+        log.exception("the artifact %s broke off", found.name)
+        if request.transport is not None:
+            request.transport.abort()
     return response
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flame.errors import NotFound, StoreError
+from flame.errors import FlameError, NotFound, StoreError
 from flame.spec.records import JobState
 
 MODEL = """
@@ -86,6 +86,32 @@ async def test_a_bucket_that_goes_away_in_mid_upload_holds_the_job_up_and_no_mor
         async with asyncio.timeout(60):
             ended = await served.client.jobs.wait(job.id)
         assert ended.state is JobState.COMPLETED, ended.failure
+
+
+async def test_an_artifact_that_breaks_off_breaks_the_connection_and_leaves_no_file(
+    s3: Any, make_server: Callable[..., Any], make_code: Any, make_form: Any, tmp_path: Path
+) -> None:
+    async with make_server(artifacts=f"s3://{s3.bucket}/{tmp_path.name}") as served:
+        job = await run(served, make_code("print('hello')\n", MODEL), make_form)
+        place = served.server.controller.context.artifacts.place
+        whole = place.read
+
+        async def torn(*args: Any) -> AsyncIterator[bytes]:
+            count = 0
+            async for piece in whole(*args):
+                yield piece
+                count += 1
+                if count == 2:
+                    raise StoreError("The bucket has gone.")
+
+        place.read = torn
+        with pytest.raises(FlameError) as caught:
+            await served.client.jobs.artifact(job.id, "model.safetensors", tmp_path / "model")
+        assert "The bucket" not in str(caught.value)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith("model")]
+        place.read = whole
+        path = await served.client.jobs.artifact(job.id, "model.safetensors", tmp_path / "model")
+        assert path.stat().st_size == 256 * 20_000
 
 
 async def test_a_server_refuses_to_start_with_a_bucket_that_it_cannot_use(
