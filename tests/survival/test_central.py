@@ -11,7 +11,11 @@ from survivalkit import bits, central, finish, rounds
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    return central(tmp_path_factory.mktemp("job"), modelSpec={"optimizer": {"sort": "fedadam"}})
+    return central(
+        tmp_path_factory.mktemp("job"),
+        modelSpec={"optimizer": {"sort": "fedadam"}},
+        restart={"attempts": 10, "backoff": 0.1},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +28,27 @@ def undisturbed(job, tmp_path_factory):
 @pytest.mark.parametrize(
     "wishes",
     [
-        ["aggregator@start@0.kill"],
-        ["aggregator@internal_init@1.kill", "trainer@start@0.kill"],
-        ["aggregator@distribute@1.kill"],
-        ["aggregator@distribute+@3.kill", "trainer@train+@4.kill"],
-        ["aggregator@aggregate+@3.kill", "trainer@fetch+@4.kill"],
-        ["aggregator@checkpoint@3.kill", "trainer@upload@3.kill"],
-        ["aggregator@checkpoint+@3.kill", "trainer@upload+@4.kill"],
-        ["aggregator@inform_end_of_training@6.kill"],
+        [
+            "aggregator@start@0.kill",
+            "trainer@start@0.kill",
+            "aggregator@internal_init@1.kill",
+            "aggregator@distribute@1.kill",
+            "trainer@train@2.kill",
+        ],
+        [
+            "trainer@upload@2.kill",
+            "aggregator@distribute+@3.kill",
+            "trainer@train+@4.kill",
+            "aggregator@aggregate+@4.kill",
+        ],
+        [
+            "trainer@fetch+@2.kill",
+            "aggregator@checkpoint@3.kill",
+            "trainer@upload+@4.kill",
+            "aggregator@checkpoint+@4.kill",
+        ],
+        ["aggregator@inform_end_of_training@6.kill", "aggregator@save_model+@6.kill"],
         ["aggregator@inform_end_of_training+@6.kill"],
-        ["aggregator@save_model+@6.kill"],
-        ["trainer@train@2.kill", "trainer@train+@3.kill", "trainer@train@4.kill"],
     ],
     ids=" ".join,
 )
