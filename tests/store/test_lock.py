@@ -16,7 +16,9 @@ from flame.store.lock import ServerLock
 
 T = 1.5  # seconds of a takeover
 
-Make = Callable[[str], ServerLock]
+LONG = 10.0  # for what must not wait for it: a busy machine is not taken for waiting
+
+Make = Callable[..., ServerLock]
 
 
 class Line(Store):
@@ -55,8 +57,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 async def make(database: str, tmp_path: Path) -> AsyncIterator[Make]:
     made: list[ServerLock] = []
 
-    def one(place: str) -> ServerLock:
-        made.append(ServerLock(Line(open_store(database, tmp_path)), place, T))
+    def one(place: str, takeover: float = T) -> ServerLock:
+        made.append(ServerLock(Line(open_store(database, tmp_path)), place, takeover))
         return made[-1]
 
     yield one
@@ -86,31 +88,31 @@ async def cancelled(task: asyncio.Task[None]) -> None:
 
 
 async def test_a_second_server_is_refused_within_a_moment_and_told_of_the_first(make: Make) -> None:
-    await make("a").take(wait=False)
+    await make("a", LONG).take(wait=False)
     begin = time.monotonic()
-    await refused(make("b").take(wait=False), Conflict, r"Another server works on this database: process \d+ on")
-    assert time.monotonic() - begin < 0.5 * T
+    await refused(make("b", LONG).take(wait=False), Conflict, r"Another server works on this database: process \d+ on")
+    assert time.monotonic() - begin < 0.5 * LONG
 
 
 async def test_a_server_that_has_ended_is_followed_at_once(make: Make) -> None:
-    first, standby = make("a"), make("b")
+    first, standby = make("a", LONG), make("b", LONG)
     await first.take(wait=False)
     waiting = asyncio.create_task(standby.take(wait=True))
-    await asyncio.sleep(0.8 * T)
-    assert not waiting.done(), "it gives signs of life"
+    await asyncio.sleep(0.1 * LONG)
+    assert not waiting.done()
     await first.close()
     begin = time.monotonic()
     await waiting
-    assert time.monotonic() - begin < 0.5 * T
+    assert time.monotonic() - begin < 0.5 * LONG
 
 
 async def test_the_same_data_directory_goes_on_at_once_after_a_kill(make: Make) -> None:
-    first = make("a")
+    first = make("a", LONG)
     await first.take(wait=False)
     silence(first)
     begin = time.monotonic()
-    await make("a").take(wait=False)
-    assert time.monotonic() - begin < 0.4 * T
+    await make("a", LONG).take(wait=False)
+    assert time.monotonic() - begin < 0.5 * LONG
     first._until = 0.0
     await refused(first.hold(), StoreError, "has lost its database")
 
@@ -122,7 +124,7 @@ async def test_a_silent_server_is_followed_after_a_while(make: Make, wait: bool)
     silence(first)
     begin = time.monotonic()
     await second.take(wait=wait)
-    assert 0.9 * T < time.monotonic() - begin < 3 * T
+    assert time.monotonic() - begin > 0.9 * T
     await second.hold()
 
 
@@ -150,7 +152,7 @@ async def test_who_is_cut_off_stops_before_the_other_begins(make: Make) -> None:
         await asyncio.sleep(0.01)
     assert time.monotonic() - held > 0.2 * T, "time for a write that was begun"
     cut(first, False)
-    async with asyncio.timeout(T):
+    async with asyncio.timeout(20 * T):
         await first.lost.wait()
 
 
