@@ -136,12 +136,12 @@ class MiddleAggregator(RoundAggregator, Follower):
             longest if left is None else min(longest, left),
         )
         if not enough and whole:
-            self._present = len(self._idle(channel))
             self.link.warning(
                 f"Round {self._round} begins with {len(self._idle(channel))} of {expected} workers of role "
                 f"{channel.other_role()} in group {channel.groupby()}: the others did not come within "
                 f"{policy.join_deadline:g} s (policy.joinDeadline)."
             )
+            self._present = len(self._idle(channel))
         self._met = True
 
     def _aggregate_weights(self, tag: str) -> None:

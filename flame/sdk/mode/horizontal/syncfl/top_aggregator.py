@@ -103,11 +103,11 @@ class TopAggregator(RoundKeeper, RoundAggregator):
                 f"(policy.minTrainers) were ready within {policy.join_deadline:g} s (policy.joinDeadline)."
             )
         if not enough:
-            self._present = there
             self.link.warning(
                 f"Round {self._round} begins with {there} of {expected()} workers of role {channel.other_role()}: "
                 f"the others did not come within {policy.join_deadline:g} s (policy.joinDeadline)."
             )
+            self._present = there
         self._met = True
 
     def _aggregate_weights(self, tag: str) -> None:
