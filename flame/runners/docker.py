@@ -204,18 +204,22 @@ class DockerRunner(Runner):
         events = self._engine.events(self._containers.ends, opened=self._compare, away=self._lose)
         async with contextlib.aclosing(events):
             async for event in events:
-                self._heed(event["id"], signal_of(event))
+                worker = next((one for one in self._workers.values() if one.info.handle == event["id"]), None)
+                if event["Action"] == "kill":
+                    self._warn(worker, signal_of(event))
+                elif worker is not None:
+                    self._see_off(worker)
+                elif self._looking:
+                    self._ended_early.add(event["id"])
 
-    def _heed(self, container: str, asked: str | None) -> None:
-        """A container has ended; or, with a signal, somebody wants it to."""
-        worker = next((one for one in self._workers.values() if one.info.handle == container), None)
-        if asked is not None:
-            if worker is not None:
-                worker.asked = asked
-        elif worker is not None:
-            self._see_off(worker)
-        elif self._looking:
-            self._ended_early.add(container)
+    def _warn(self, worker: _Worker | None, asked: str | None) -> None:
+        """A container is sent a signal by which it ends, perhaps not by us. Its flamelet will say farewell without knowing why."""
+        if worker is None or worker.ending or asked is None:
+            return
+        worker.asked = asked
+        self._say(
+            worker.info, f"Its container gets {asked}: from somebody, or from the Docker engine as that shuts down."
+        )
 
     def _lose(self, error: RunnerError) -> None:
         if self._away is None:

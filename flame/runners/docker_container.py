@@ -31,7 +31,7 @@ _FIRST = f'set -ae; . {_TOLD}; rm {_TOLD}; exec "$@"'
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: What the kernel calls it when a signal has ended a process: 128 and its number.
 _SIGNALS = 128
-_KNOWN = frozenset(int(number) for number in signal.Signals)
+_ENDING = {str(int(number)): number.name for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGQUIT)}
 _PATIENCE = 30.0
 _LAST_LINES = 200
 
@@ -272,11 +272,8 @@ def _letter(environment: Mapping[str, str]) -> bytes:
 
 
 def signal_of(event: Mapping[str, Any]) -> str | None:
-    """The signal that an event of the kind ``kill`` tells of."""
-    if event["Action"] != "kill":
-        return None
-    number = event["Actor"]["Attributes"].get("signal", "")
-    return signal.Signals(int(number)).name if number.isdigit() and int(number) in _KNOWN else f"signal {number}"
+    """The signal that an event of the kind ``kill`` tells of; None for one by which nothing ends."""
+    return _ENDING.get(event["Actor"]["Attributes"].get("signal", ""))
 
 
 def _how(code: int) -> WorkerExit:
