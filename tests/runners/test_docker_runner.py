@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +10,6 @@ import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import engines
 from places import IMAGE, DockerPlace, eventually, limited, no_docker, place
+from private_docker import PrivateEngine
 
 from flame.errors import RunnerError, SpecError
 from flame.runners import Runner, WorkerExit, WorkerInfo, read_config
@@ -273,107 +271,10 @@ async def test_what_a_killed_server_had_only_begun_to_make_is_removed(engine: Do
 # ------------------------------------------------------------------------------------------- engines that come and go
 
 
-class PrivateEngine:
-    """An engine of a test's own, which may be killed and started again.
-
-    It lives in namespaces of its own. An engine without a bridge removes ``docker0``, also where that is another engine's; and what it
-    mounts goes with it.
-    """
-
-    def __init__(self, folder: Path, *, live_restore: bool) -> None:
-        self.folder = folder
-        self.live_restore = live_restore
-        self.socket = folder / "docker.sock"
-        self._containerd: asyncio.subprocess.Process | None = None
-        self._dockerd: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        if self._containerd is None:  # what holds the containers outlives the engine, as on any system
-            (self.folder / "containerd.toml").write_text(
-                'version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
-            )
-            options = [
-                "--config",
-                "containerd.toml",
-                "--address",
-                "containerd.sock",
-                "--root",
-                "root",
-                "--state",
-                "state",
-            ]
-            command = ["containerd", *(self._path(option) for option in options)]
-            self._containerd = await self._spawn("unshare", "--net", "--mount", *command)
-            async with asyncio.timeout(40):
-                while not (self.folder / "containerd.sock").exists():  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-        options = ["--host", f"unix://{self.socket}", "--containerd", self._path("containerd.sock"), "--bridge", "none"]
-        options += [
-            "--data-root",
-            self._path("data"),
-            "--exec-root",
-            self._path("exec"),
-            "--pidfile",
-            self._path("pid"),
-        ]
-        options += ["--iptables=false", *(["--live-restore"] if self.live_restore else [])]
-        there = ["nsenter", "--target", str(self._containerd.pid), "--net", "--mount"]
-        self._dockerd = await self._spawn(*there, "dockerd", *options)
-        async with asyncio.timeout(40):
-            while (await self.docker("info"))[0]:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-
-    def _path(self, name: str) -> str:
-        return name if name.startswith("-") else str(self.folder / name)
-
-    async def _spawn(self, *command: str) -> asyncio.subprocess.Process:
-        with (self.folder / "log").open("ab") as log:
-            return await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, start_new_session=True)
-
-    async def end(self, number: signal.Signals) -> None:
-        assert self._dockerd is not None
-        await _end(self._dockerd, number)
-
-    async def load(self, image: str) -> None:
-        await _run("sh", "-c", f"docker save {image} | docker --host unix://{self.socket} load")
-
-    async def close(self) -> None:
-        _, containers = await self.docker("ps", "--all", "--quiet")
-        if containers:
-            await self.docker("rm", "--force", *containers.split())
-        for process in (self._dockerd, self._containerd):
-            if process is not None and process.returncode is None:
-                await _end(process, signal.SIGTERM)
-        for left in psutil.process_iter(
-            ["cmdline"]
-        ):  # what holds a container has outlived a killed engine, as it should
-            if any(str(self.folder) in word for word in left.info["cmdline"] or ()):
-                left.kill()
-
-    async def docker(self, *arguments: str) -> tuple[int, str]:
-        return await _run("docker", "--host", f"unix://{self.socket}", *arguments)
-
-
-async def _end(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    process.send_signal(number)
-    async with asyncio.timeout(30):
-        await process.wait()
-
-
-async def _run(*command: str) -> tuple[int, str]:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
-    output, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
-
-
 @contextlib.asynccontextmanager
 async def private_engine(
     folder: Path, *, live_restore: bool
 ) -> AsyncIterator[tuple[PrivateEngine, DockerPlace, Runner]]:
-    if os.geteuid() or not (shutil.which("dockerd") and shutil.which("unshare")):
-        pytest.skip("no Docker engine of our own: that takes root, dockerd and unshare")
     private = PrivateEngine(folder, live_restore=live_restore)
     await private.start()
     try:
