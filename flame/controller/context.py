@@ -147,6 +147,7 @@ class Context:
         lost: Callable[[Any], None],
     ) -> None:
         self.store = store
+        self.place = artifacts
         self.notifier = notifier
         self.keys = keys
         self.options = options

@@ -7,6 +7,7 @@ bytes, without a copy and not to be written to. Nothing here makes an object of 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -14,9 +15,34 @@ import msgspec
 from flame.errors import CodecError, UsageError
 
 _ARRAY = 1
-_ALIGNMENT = 64
+_REFERENCE = 2
 _plain = msgspec.msgpack.Encoder().encode
 _head = msgspec.msgpack.Decoder(tuple[str, list[int]]).decode
+
+
+class Reference:
+    """What stands for an object in a payload; see :mod:`flame.sessions.objects`. Where a task runs, its value takes its place.
+
+    :ivar digest: the SHA-256 of the object, in hex.
+    """
+
+    __slots__ = ("digest",)  # no tuple and no dataclass, which msgspec would write out by itself
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reference) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Reference({self.digest!r})"
+
+
+#: What takes the place of a reference when a payload is read; None leaves references as they are.
+resolve: Callable[[Reference], Any] | None = None
 
 
 def dumps(value: Any) -> bytes:
@@ -27,10 +53,15 @@ def dumps(value: Any) -> bytes:
     try:
         return _encoder.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError, CodecError) as error:
-        raise UsageError(
-            f"{_short(value)} cannot be sent to or from a task: {error}. "
-            "What msgpack knows and numpy arrays can; for other things send what they are made from."
-        ) from error
+        raise refuse(value, error) from error
+
+
+def refuse(value: Any, error: Exception) -> UsageError:
+    """The error for a value that cannot travel."""
+    return UsageError(
+        f"{_short(value)} cannot be sent to or from a task: {error}. "
+        "What msgpack knows and numpy arrays can; for other things send what they are made from."
+    )
 
 
 def loads(data: bytes | memoryview) -> Any:
@@ -44,7 +75,13 @@ def loads(data: bytes | memoryview) -> Any:
         raise CodecError(f"What a task was given or has answered is damaged: {error}.") from error
 
 
-def _extend(value: Any) -> Any:
+def extend(value: Any) -> Any:
+    """What msgpack does not know of itself, as an extension.
+
+    :raises TypeError: it cannot travel.
+    """
+    if isinstance(value, Reference):
+        return msgspec.msgpack.Ext(_REFERENCE, bytes.fromhex(value.digest))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
         from flame.sdk.tensors import flatten
@@ -60,7 +97,14 @@ def _extend(value: Any) -> Any:
     raise TypeError(f"objects of the class {type(value).__qualname__} are none of them")
 
 
-def _restore(code: int, data: memoryview) -> Any:
+def restore(code: int, data: memoryview) -> Any:
+    """What an extension stands for.
+
+    :raises ValueError: it is none of ours.
+    """
+    if code == _REFERENCE:
+        reference = Reference(data.hex())
+        return reference if resolve is None else resolve(reference)
     if code != _ARRAY:
         raise ValueError(f"an unknown extension {code}")
     import numpy as np
@@ -89,5 +133,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_extend)
-_decoder = msgspec.msgpack.Decoder(ext_hook=_restore)
+_encoder = msgspec.msgpack.Encoder(enc_hook=extend)
+_decoder = msgspec.msgpack.Decoder(ext_hook=restore)

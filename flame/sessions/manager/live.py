@@ -13,6 +13,7 @@ from flame.controller.shelf import Saved
 from flame.sessions.lifecycle import Book, End, Options, Work
 from flame.sessions.manager import journal
 from flame.sessions.manager.journal import Keeper, Member
+from flame.sessions.payload import Reference, dumps
 from flame.sessions.scheduler import Need
 from flame.spec.sessions import Counts, SessionRecord
 
@@ -38,6 +39,7 @@ class Live:
     :ivar failed: how often executors could not be started or bound since the last time that it went well; ``died``: how often
         they died on the way.
     :ivar closing: it takes no tasks any more.
+    :ivar awaits: the digest of the common data that its client has yet to bring.
     """
 
     def __init__(self, saved: Saved[SessionRecord], order: int) -> None:
@@ -56,7 +58,9 @@ class Live:
         self.failed = self.died = 0
         self.reason: str | None = record.reason
         self.closing = False
-        self.common = record.form.common
+        digest = record.form.common_digest
+        self.common = record.form.common if digest is None else dumps(Reference(digest))
+        self.awaits: str | None = None
         self.files: dict[str, bytes] = {}
         self.last = 0  # of the journal's records
         self.keeper = Keeper()
@@ -99,7 +103,7 @@ class Live:
             memory=resources.memory_bytes or 0,
             gpu=resources.gpu,
             had=had,
-            blocked=self.reason is not None or self.closing,
+            blocked=self.reason is not None or self.closing or self.awaits is not None,
         )
 
     @property

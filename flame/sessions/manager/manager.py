@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -30,6 +30,7 @@ from flame.sessions.manager.committer import Committer
 from flame.sessions.manager.executors import JOB, STALLED, Executor
 from flame.sessions.manager.ground import Ground
 from flame.sessions.manager.live import Live
+from flame.sessions.manager.objects import Objects
 from flame.sessions.scheduler import Bind, Release, Service, Start, Unbind, plan
 from flame.spec.sessions import (
     ExecutorRecord,
@@ -69,6 +70,7 @@ class Manager:
         self._catalog = controller.catalog
         self.context = context
         self.apps = Apps(context.store)
+        self.objects = Objects(context.store, context.place, context.options.largest_artifact)
         self._sessions: Shelf[SessionRecord] = Shelf(context.store, "sessions", SessionRecord)
         self._records: Shelf[ExecutorRecord] = Shelf(context.store, "executors", ExecutorRecord)
         self._ground = Ground(context.computes)
@@ -124,8 +126,7 @@ class Manager:
         live.last, live.keeper = past.last, past.keeper
         live.members = past.members
         live.book.restore(past.next, past.works.values(), past.ended)
-        if live.common is None and live.form.common_digest is not None:
-            live.common = await self.context.store.get_bundle(live.form.common_digest)
+        await self._look_for_common(live)
         try:
             live.files = await self.apps.load(live.application.code)
         except FlameError as error:
@@ -195,9 +196,6 @@ class Manager:
         if form.max_instances is not None and form.max_instances < max(form.min_instances, form.batch_size):
             raise SpecError("is smaller than minInstances or batchSize, so nothing could ever run.", "maxInstances")
         files = await self.apps.load(application.code)
-        common = form.common
-        if common is None and form.common_digest is not None:
-            common = await self.apps.bundle(form.common_digest)
         record = SessionRecord(
             id=form.id or f"{int(time.time() * 1000):012x}{secrets.token_hex(6)}",
             state=SessionState.OPEN,
@@ -211,10 +209,32 @@ class Manager:
         saved = await self._sessions.insert(record.id, record)
         self._order += 1
         live = self._lives[saved.id] = Live(saved, self._order)
-        live.common, live.files = common, files
+        live.files = files
+        await self._look_for_common(live)
         if live.lacks:
             self.wake()
         return live
+
+    async def _look_for_common(self, live: Live) -> None:
+        digest = live.form.common_digest
+        live.awaits = None if digest is None or await self.objects.has(live.id, digest) else digest
+
+    async def put_object(self, id: str, digest: str, data: AsyncIterable[bytes]) -> None:
+        """A session gets an object; it may be the common data that it waits for.
+
+        :raises flame.errors.NotFound: there is no such session.
+        :raises flame.errors.Conflict: it is closed.
+        """
+        live = self._lives.get(id)
+        if live is None or live.closing:
+            await self.session(id)
+            raise Conflict(f"Session {id} is closed.")
+        await self.objects.put(id, digest, data)
+        if live.closing:  # while the object was on its way
+            await self.objects.drop(id)
+        if live.awaits == digest:
+            live.awaits = None
+            self.wake()
 
     async def sessions(self, state: SessionState | None, after: str | None, limit: int) -> list[SessionRecord]:
         """Sessions in order of their ids."""
@@ -298,6 +318,7 @@ class Manager:
         )
         await self._sessions.put(live.saved, record)
         self._lives.pop(id, None)
+        await self.objects.drop(id)
         live.tell()
         self.wake()
         return record
@@ -643,6 +664,7 @@ class Manager:
                 "FLAME_TASK": executor.id,
                 "FLAME_TASK_KEY": self.context.keys.task(executor.id, 1),
                 "FLAME_ATTEMPT": "1",
+                **self._objects_at(compute),
             },
             dependencies=app.dependencies,
             resources=app.resources,
@@ -658,6 +680,13 @@ class Manager:
             self._lose(executor, error.message)
         finally:
             executor.started.set()
+
+    def _objects_at(self, compute: str) -> dict[str, str]:
+        """Where executors find the server's objects as files: those on its own host."""
+        folder = self.objects.folder()
+        if folder is None or not self._ground.here(compute):
+            return {}
+        return {"FLAME_OBJECTS": str(folder)}
 
     def _bind(self, executor: Executor, live: Live) -> None:
         executor.live = live
