@@ -16,6 +16,7 @@
   + JobFailed             a job that was waited for did not complete
   + TaskFailed            a task of a session failed; has the exception's type, message and trace as text
   + TaskCancelled         a task of a session was cancelled
+  + ActorLost             an actor's process is gone, and its state with it
   + WorkerError           the data plane, see below
     - CodecError          a frame is malformed, truncated, oversized, or of another version
     - ChannelError        a channel is used wrongly (not joined, unknown end, unknown function tag)
@@ -161,6 +162,10 @@ class TaskFailed(FlameError):
 
 class TaskCancelled(FlameError):
     """A task of a session was cancelled, by itself or with its session."""
+
+
+class ActorLost(FlameError):
+    """An actor's process is gone, and its state with it: it can answer no more."""
 
 
 class WorkerError(FlameError):

@@ -147,6 +147,32 @@ async def tasks(call: Call[None, TasksQuery]) -> Page[WorkRecord]:
     return Page(items=found[: query.limit], next=str(found[query.limit - 1].id) if more else None)
 
 
+async def put_object(call: Call[Any, NoQuery]) -> None:
+    """Take in an object."""
+    await call.api.sessions.put_object(call.path("id"), call.path("digest"), call.request.content.iter_any())
+
+
+async def get_object(call: Call[None, NoQuery]) -> web.StreamResponse:
+    """Give an object."""
+    return await _object(call, call.path("id"))
+
+
+async def put_object_of_executor(call: Call[Any, AttemptQuery]) -> None:
+    """Take in an object that a task has made."""
+    session = call.api.sessions.session_of(call.path("id"), call.query.attempt, bearer(call.request))
+    await call.api.sessions.put_object(session, call.path("digest"), call.request.content.iter_any())
+
+
+async def get_object_of_executor(call: Call[None, AttemptQuery]) -> web.StreamResponse:
+    """Give an object to an executor that serves its session."""
+    return await _object(call, call.api.sessions.session_of(call.path("id"), call.query.attempt, bearer(call.request)))
+
+
+async def _object(call: Call[None, Any], session: str) -> web.StreamResponse:
+    objects = call.api.sessions.objects
+    return await answers.artifact(call.request, objects.place, await objects.find(session, call.path("digest")))
+
+
 async def close(call: Call[None, CloseQuery]) -> SessionRecord:
     """Close a session."""
     return await call.api.sessions.close_session(call.path("id"), force=call.query.force)
@@ -185,6 +211,7 @@ async def _counts(call: Call[Any, Any], record: SessionRecord) -> AsyncGenerator
 
 _APP = "/v1/apps/{id}"
 _ONE = "/v1/sessions/{id}"
+_EXECUTOR = "/v1/executors/{id}"
 
 ROUTES = [
     Route(
@@ -310,6 +337,48 @@ ROUTES = [
         query=TasksQuery,
         answer=Page[WorkRecord],
         refusals=(404,),
+    ),
+    Route(
+        method="PUT",
+        path=f"{_ONE}/objects/{{digest}}",
+        handler=put_object,
+        summary="Bring an object, which is kept once for all tasks of a session; its digest is the SHA-256 of its bytes.",
+        access=Access.WRITE,
+        body=bytes,
+        status=204,
+        refusals=(404, 409, 422),
+    ),
+    Route(
+        method="GET",
+        path=f"{_ONE}/objects/{{digest}}",
+        handler=get_object,
+        summary="Read an object of a session.",
+        access=Access.READ,
+        answer=bytes,
+        content="application/octet-stream",
+        refusals=(404,),
+    ),
+    Route(
+        method="PUT",
+        path=f"{_EXECUTOR}/objects/{{digest}}",
+        handler=put_object_of_executor,
+        summary="Bring an object that a task has made, for the session that the executor serves.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        body=bytes,
+        status=204,
+        refusals=(401, 403, 404, 409, 422),
+    ),
+    Route(
+        method="GET",
+        path=f"{_EXECUTOR}/objects/{{digest}}",
+        handler=get_object_of_executor,
+        summary="Read an object of the session that the executor serves.",
+        access=Access.WORKER,
+        query=AttemptQuery,
+        answer=bytes,
+        content="application/octet-stream",
+        refusals=(401, 403, 404),
     ),
     Route(
         method="POST",

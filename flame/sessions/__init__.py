@@ -14,15 +14,20 @@ from typing import Any
 
 # Each name is imported when it is first used: executors and the server import modules of this package, and none of these.
 _HOMES = {
+    "Actor": "flame.sessions.actors",
+    "ActorLost": "flame.errors",
     "Connection": "flame.sessions.client",
     "Future": "flame.sessions.client",
+    "Reference": "flame.sessions.payload",
     "Session": "flame.sessions.client",
     "SessionContext": "flame.sessions.application",
     "Task": "flame.sessions.application",
     "TaskCancelled": "flame.errors",
     "TaskFailed": "flame.errors",
+    "actor": "flame.sessions.actors",
     "connect": "flame.sessions.client",
     "open": "flame.sessions.client",
+    "sync": "flame.sessions",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - each is imported by __getattr__
@@ -33,4 +38,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name == "sync":
+        return importlib.import_module("flame.sessions.sync")
     return getattr(importlib.import_module(_HOMES[name]), name)

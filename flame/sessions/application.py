@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flame.errors import SpecError
-from flame.sessions.payload import loads
+from flame.sessions.payload import Reference, loads
 
 
 class SessionContext:
@@ -25,10 +25,11 @@ class SessionContext:
     :ivar session_id: the session.
     """
 
-    __slots__ = ("_common", "_loaded", "session_id")
+    __slots__ = ("_common", "_loaded", "_put", "session_id")
 
-    def __init__(self, session_id: str, common: bytes | None) -> None:
+    def __init__(self, session_id: str, common: bytes | None, put: Callable[[Any], Reference]) -> None:
         self.session_id = session_id
+        self._put = put
         self._common = common
         self._loaded: Any = None
 
@@ -38,6 +39,13 @@ class SessionContext:
         if self._common is not None:
             self._loaded, self._common = loads(self._common), None
         return self._loaded
+
+    def put(self, value: Any) -> Reference:
+        """Keep a value once for the whole session, instead of sending it along; whoever gets the reference as input gets the value.
+
+        :raises flame.errors.FlameError: something in it cannot travel, or the server cannot take it.
+        """
+        return self._put(value)
 
 
 class Task:
@@ -61,6 +69,15 @@ def load(entry: str, arguments: Mapping[str, Any]) -> Application:
 
     :raises flame.errors.SpecError: the module has no such thing, or it is no application.
     """
+    return Application(find(entry), arguments)
+
+
+def find(entry: str) -> Any:
+    """What an entry names.
+
+    :param entry: ``module:Name``.
+    :raises flame.errors.SpecError: the module has no such thing.
+    """
     module, _, path = entry.partition(":")
     found: Any = importlib.import_module(module)
     for name in path.split("."):
@@ -68,7 +85,7 @@ def load(entry: str, arguments: Mapping[str, Any]) -> Application:
             found = getattr(found, name)
         except AttributeError:
             raise SpecError(f"The module {module!r} has no {path!r}.") from None
-    return Application(found, arguments)
+    return found
 
 
 class Application:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import secrets
 from collections import deque
@@ -20,14 +21,15 @@ import msgspec
 
 from flame import errors
 from flame.client import config
+from flame.client.http import Session as Http
 from flame.client.local import running as running_server
-from flame.errors import Conflict, FlameError, ServerUnreachable, TaskCancelled, TaskFailed, UsageError
+from flame.errors import Conflict, FlameError, ServerError, ServerUnreachable, TaskCancelled, TaskFailed, UsageError
 from flame.sessions import dialing, wire
 from flame.sessions.code import gather
 from flame.sessions.link import Link
+from flame.sessions.objects import pack, unpack
 from flame.sessions.opening import open_link
-from flame.sessions.payload import dumps, loads
-from flame.spec import bundle
+from flame.sessions.payload import Reference, dumps, loads
 from flame.spec.sessions import Application, Counts, SessionForm, WorkFailure
 
 log = logging.getLogger("flame.sessions")
@@ -43,6 +45,8 @@ PATIENCE = 120.0
 AHEAD = 10_000
 
 Options = tuple[float | None, int | None]
+#: An object, with its bytes in parts.
+Packed = tuple[Reference, list[bytes | memoryview]]
 _ERRORS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FlameError)}
 
 
@@ -82,7 +86,10 @@ class Connection:
         there is none, a private one is started for as long as this lasts.
     :param token: the token. None takes ``FLAME_TOKEN``, then the configured one.
     :param patience: seconds for which a server may be away before everything that waits for it fails.
+    :ivar http: requests of the REST API, once it is entered.
     """
+
+    http: Http
 
     def __init__(self, server: str | None = None, token: str | None = None, *, patience: float = PATIENCE) -> None:
         settings = config.resolve(server, token)
@@ -106,6 +113,7 @@ class Connection:
             client = await self._stack.enter_async_context(attached(config.data_dir()))
             self.server = client.server
         self._link = await self._dial()
+        self.http = await self._stack.enter_async_context(Http(self.server, self._token))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -128,7 +136,7 @@ class Connection:
 
     def join(self, id: str) -> Session:
         """A session that is open already, by its id."""
-        return Session(self, None, {}, id)
+        return Session(self, None, {}, id=id)
 
     # ------------------------------------------------------------------------------------------ for sessions
 
@@ -208,13 +216,19 @@ class Session:
     """
 
     def __init__(
-        self, connection: Connection | None, form: SessionForm | None, bundles: Mapping[str, bytes], id: str = ""
+        self,
+        connection: Connection | None,
+        form: SessionForm | None,
+        bundles: Mapping[str, bytes],
+        common: Packed | None = None,
+        id: str = "",
     ) -> None:
         self.id = id
         self._own: Connection | None = None
         self._connection = connection
         self._form = form
         self._bundles = bundles
+        self._common = common
         self._client = secrets.token_hex(6)
         self._channel = 0
         self._next = 1
@@ -249,6 +263,9 @@ class Session:
             self._opened = asyncio.get_running_loop().create_future()
             self.reopen()
             await self._opened
+            if self._common is not None:
+                await self._bring(*self._common)
+                self._common = None
         except BaseException:
             await self._left()
             raise
@@ -355,6 +372,36 @@ class Session:
             count += 1
         for _ in range(count):
             yield await ready.get()
+
+    async def put(self, value: Any) -> Reference:
+        """Keep a value once at the server and once on each host, for all tasks of the session.
+
+        :returns: what stands for it in the inputs of tasks, which get the value itself. Its arrays cannot be written to there.
+        :raises flame.errors.UsageError: something in it cannot travel.
+        """
+        self._check()
+        reference, parts = await asyncio.to_thread(pack, value)
+        await self._bring(reference, parts)
+        return reference
+
+    async def get(self, reference: Reference) -> Any:
+        """The value of an object, such as one that a task has made with ``ctx.put`` and answered with.
+
+        :raises flame.errors.NotFound: the session has none of this digest.
+        """
+        assert self._connection is not None
+        data = await self._connection.http.call("GET", self._object(reference), into=bytes)
+        if hashlib.sha256(data).hexdigest() != reference.digest:
+            raise ServerError(f"The object {reference.digest[:12]} has come with other bytes than it was given.")
+        return unpack(memoryview(data))
+
+    async def _bring(self, reference: Reference, parts: list[bytes | memoryview]) -> None:
+        assert self._connection is not None
+        data = await asyncio.to_thread(b"".join, parts)
+        await self._connection.http.call("PUT", self._object(reference), data=data)
+
+    def _object(self, reference: Reference) -> str:
+        return f"/v1/sessions/{self.id}/objects/{reference.digest}"
 
     async def accepted(self) -> None:
         """Wait until everything that was handed in is in the server's store."""
@@ -581,12 +628,13 @@ _APPLICATION = {"arguments", "environment", "dependencies", "resources", "image"
 
 def describe(
     app: Any, *, common_data: Any = None, code: str | Path | None = None, **options: Any
-) -> tuple[SessionForm, dict[str, bytes]]:
-    """What a session is opened with, and the bundles that belong to it by their digests.
+) -> tuple[SessionForm, dict[str, bytes], Packed | None]:
+    """What a session is opened with, the bundles that belong to it by their digests, and its common data where they are an object.
 
     :raises flame.errors.UsageError: it cannot be.
     """
     bundles: dict[str, bytes] = {}
+    common: Packed | None = None
     own = {name: options.pop(name) for name in list(options) if name in _APPLICATION}
     try:
         if isinstance(app, str):
@@ -601,14 +649,13 @@ def describe(
                 bundles[found.digest] = found.bundle
             options["application"] = Application(entry=found.entry, code=found.digest, **own)
         if common_data is not None:
-            data = dumps(common_data)
-            if len(data) <= _INLINE:
-                options["common"] = data
+            reference, parts = pack(common_data)
+            if sum(memoryview(part).nbytes for part in parts) <= _INLINE:
+                options["common"] = dumps(common_data)
             else:
-                digest = bundle.digest(data)
-                bundles[digest] = data
-                options["common_digest"] = digest
-        return SessionForm(**options), bundles
+                common = reference, parts
+                options["common_digest"] = reference.digest
+        return SessionForm(**options), bundles, common
     except TypeError as error:
         raise UsageError(f"A session cannot be opened like this: {error}.") from error
 

@@ -17,11 +17,14 @@ import time
 from collections import deque
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flame.errors import FlameError
-from flame.sessions import dialing, wire
+from flame.sessions import dialing, payload, wire
 from flame.sessions.payload import dumps
+
+if TYPE_CHECKING:
+    from flame.sessions.objects import HostObjects
 
 #: Seconds after which results are sent although more tasks are there.
 PATIENCE = 0.001
@@ -56,6 +59,8 @@ class Executor:
         self._entered = False
         self._application: Any = None
         self._entry, self._arguments, self._loaded = "", dict[str, Any](), False
+        self._shared = _Shared(server, id, key)
+        payload.resolve = self._shared.get
         self._rows: list[tuple[int, int, bool, bytes]] = []
         self._since = 0.0
         # Frames of results that the store may not have yet, with the tasks that they are of.
@@ -117,7 +122,7 @@ class Executor:
 
         with self._claiming:
             self._session, self._entered = session, False
-        context = application.SessionContext(session, common)
+        context = application.SessionContext(session, common, self._shared.put)
         try:
             if self._application is None:
                 self._application = application.load(self._entry, self._arguments)
@@ -244,6 +249,32 @@ class Executor:
 
     def _connect(self) -> Any:
         return dialing.dial(self._server, f"/v1/executors/{self._id}/link?attempt=1", self._key)
+
+
+class _Shared:
+    """The objects that tasks refer to, and those that they make; brought in when the first of them is met."""
+
+    def __init__(self, server: str, id: str, key: str) -> None:
+        self._asked = server, f"/v1/executors/{id}/objects", key
+        self._host: HostObjects | None = None
+
+    def get(self, reference: payload.Reference) -> Any:
+        """An object's value."""
+        from flame.sessions import objects
+
+        if self._host is None:
+            given = os.environ.get("FLAME_OBJECTS")
+            remote = objects.Remote(*self._asked)
+            self._host = objects.HostObjects(Path(given) if given else None, objects.cache_folder(), remote.read)
+        return self._host.get(reference)
+
+    def put(self, value: Any) -> payload.Reference:
+        """Make an object of a value."""
+        from flame.sessions import objects
+
+        reference, parts = objects.pack(value)
+        objects.Remote(*self._asked).write(reference.digest, parts)
+        return reference
 
 
 def _failure(error: BaseException) -> bytes:

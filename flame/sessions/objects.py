@@ -16,18 +16,20 @@ import hashlib
 import mmap
 import os
 import struct
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flame.errors import CodecError, FlameError, ServerUnreachable
+from flame.errors import CodecError, FlameError, NotFound, ServerUnreachable, StoreError
 from flame.sessions.payload import Reference, extend, refuse, restore
 
 if TYPE_CHECKING:
-    from flame.sessions.connect import Address
+    from flame.sessions.dialing import Address
 
 _LENGTH = struct.Struct(">I")
 _NUMBER = 3
@@ -35,6 +37,8 @@ _ALIGNMENT = 64
 _PIECE = 1 << 20
 #: Bytes that the objects of earlier sessions may take on a host.
 CACHE_BYTES = 20 << 30
+#: Seconds for which a server that is away is waited for.
+PATIENCE = 60.0
 
 
 def pack(value: Any) -> tuple[Reference, list[bytes | memoryview]]:
@@ -96,8 +100,6 @@ def unpack(data: memoryview) -> Any:
 
 
 def _array(value: Any) -> tuple[str, list[int], memoryview] | None:
-    import sys
-
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(value, numpy.ndarray):
         return None
@@ -169,22 +171,41 @@ class HostObjects:
                 return path
             partial = path.with_name(f"{digest}.{os.getpid()}")
             try:
-                seen = hashlib.sha256()
-                with partial.open("wb") as file:
-                    for piece in self._fetch(digest):
-                        seen.update(piece)
-                        file.write(piece)
-                if seen.hexdigest() != digest:
-                    raise CodecError(f"The object {digest[:12]} has come with other bytes than it was given.")
+                self._fill(partial, digest)
                 self._clean(partial.stat().st_size)
                 partial.replace(path)
+            except OSError as error:
+                raise StoreError(
+                    f"The object {digest[:12]} cannot be kept in {self._cache}: {error.strerror}."
+                ) from error
             finally:
                 partial.unlink(missing_ok=True)
         return path
 
+    def _fill(self, path: Path, digest: str) -> None:
+        """Fetch an object into a file; a server that is away is waited for."""
+        begin, pause = time.monotonic(), 0.1
+        while True:
+            seen = hashlib.sha256()
+            try:
+                with path.open("wb") as file:
+                    for piece in self._fetch(digest):
+                        seen.update(piece)
+                        file.write(piece)
+                break
+            except ServerUnreachable:
+                if time.monotonic() - begin > PATIENCE:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+        if seen.hexdigest() != digest:
+            raise CodecError(f"The object {digest[:12]} has come with other bytes than it was given.")
+
     def _clean(self, coming: int) -> None:
         """Let the oldest go where there is too much; who has mapped one keeps it."""
-        files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry) for entry in self._cache.glob("??/*"))
+        files = sorted(
+            (entry.stat().st_mtime, entry.stat().st_size, entry) for entry in self._cache.glob(f"??/{'?' * 64}")
+        )
         total = coming + sum(size for _, size, _ in files)
         for _, size, path in files:
             if total <= CACHE_BYTES:
@@ -220,10 +241,10 @@ class Remote:
     """
 
     def __init__(self, server: str, path: str, key: str) -> None:
-        from flame.sessions import connect
+        from flame.sessions import dialing
 
         self._server, self._key = server, key
-        self._address: Address = connect.parse(server)
+        self._address: Address = dialing.parse(server)
         self._path = f"{self._address.prefix}{path}"
 
     def read(self, digest: str) -> Iterator[bytes]:
@@ -248,11 +269,11 @@ class Remote:
     def _asked(self, method: str, digest: str, parts: list[bytes | memoryview] | None = None) -> Iterator[Any]:
         import http.client
 
-        from flame.sessions import connect
+        from flame.sessions import dialing
 
         host, port, tls, _ = self._address
         line = (
-            http.client.HTTPSConnection(host, port, timeout=60, context=connect.tls_context())
+            http.client.HTTPSConnection(host, port, timeout=60, context=dialing.tls_context())
             if tls
             else http.client.HTTPConnection(host, port, timeout=60)
         )
@@ -261,7 +282,12 @@ class Remote:
             headers["Content-Type"] = "application/octet-stream"
             headers["Content-Length"] = str(sum(memoryview(part).nbytes for part in parts))
         try:
-            line.request(method, f"{self._path}/{digest}", body=iter(parts) if parts is not None else None, headers=headers)
+            line.request(
+                method,
+                f"{self._path}/{digest}?attempt=1",
+                body=iter(parts) if parts is not None else None,
+                headers=headers,
+            )
             answer = line.getresponse()
             if answer.status >= 300:
                 raise _refusal(digest, answer.status, answer.read(1 << 16))
@@ -274,6 +300,6 @@ class Remote:
 
 def _refusal(digest: str, status: int, body: bytes) -> FlameError:
     try:
-        return ServerUnreachable(str(msgspec.json.decode(body)["error"]["message"]))
+        return NotFound(str(msgspec.json.decode(body)["error"]["message"]))
     except (msgspec.MsgspecError, LookupError, TypeError):
-        return ServerUnreachable(f"The server refused the object {digest[:12]} with status {status}.")
+        return NotFound(f"The server refused the object {digest[:12]} with status {status}.")

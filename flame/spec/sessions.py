@@ -54,7 +54,7 @@ class SessionForm(Form, frozen=True, kw_only=True):
     :ivar app: the name or id of a registered application.
     :ivar application: one that is given inline.
     :ivar common: the common data's bytes, where they are few.
-    :ivar common_digest: the SHA-256 of an uploaded bundle that holds them, where they are many.
+    :ivar common_digest: the digest of the object that holds them, where they are many; the session begins once it was brought.
     :ivar slots: how many slots an executor takes.
     :ivar priority: a session of a higher one is served first.
     :ivar weight: its share among sessions of one priority.

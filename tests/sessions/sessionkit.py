@@ -95,3 +95,65 @@ class Sums:
 def slow_square(x: int) -> int:
     time.sleep(0.001)
     return x * x
+
+
+def total(pair: Any) -> Any:
+    """The sum of an array that is shared, and of a number that is the task's own."""
+    array, number = pair
+    return float(array.sum()) + number
+
+
+class Makes:
+    """Answers with objects."""
+
+    def on_session_enter(self, ctx: Any) -> None:
+        self.ctx = ctx
+
+    def on_task_invoke(self, ctx: Any, task: Any) -> Any:
+        import numpy as np
+
+        return ctx.put(np.ones(task.input))
+
+
+class Mapped:
+    """Says who it is, and how much memory of its own it has of the common data."""
+
+    def on_session_enter(self, ctx: Any) -> None:
+        self.array = ctx.common_data["array"]
+        self.total = float(self.array.sum())
+
+    def on_task_invoke(self, ctx: Any, task: Any) -> Any:
+        address, private, path = self.array.ctypes.data, 0, ""
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            words = line.split()
+            if "-" in words[0] and not words[0].endswith(":"):
+                first, last = (int(part, 16) for part in words[0].split("-"))
+                inside = first <= address < last
+                path = words[-1] if inside else path
+            elif inside and words[0] in ("Private_Dirty:", "Private_Clean:"):
+                private += int(words[1]) * 1024 if words[0] == "Private_Dirty:" else 0
+        return os.getpid(), self.total, private, path
+
+
+class Counter:
+    """An actor."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.n = start
+
+    def add(self, k: int = 1) -> int:
+        self.n += k
+        return self.n
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def fail(self) -> None:
+        raise ValueError("no")
+
+    def _private(self) -> None: ...
+
+
+def power(base: int, exponent: int = 2) -> int:
+    return int(base**exponent)

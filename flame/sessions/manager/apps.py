@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
+from flame.controller.context import Context
 from flame.controller.shelf import Saved, Shelf
 from flame.errors import Conflict, FlameError, NotFound, SpecError
 from flame.spec import bundle
 from flame.spec.sessions import Application, AppRecord, SessionForm
-from flame.store import Store
 
 _KEPT = 64
 
@@ -38,12 +38,12 @@ class NeedsBundle(FlameError):
 class Apps:
     """All applications of a server.
 
-    :param store: where they are.
+    :param context: the controller's surroundings, with the state and the bundles.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._shelf: Shelf[AppRecord] = Shelf(store, "apps", AppRecord)
+    def __init__(self, context: Context) -> None:
+        self._bundles = context.bundles
+        self._shelf: Shelf[AppRecord] = Shelf(context.store, "apps", AppRecord)
         self._names = asyncio.Lock()
         self._unpacked: dict[str, dict[str, bytes]] = {}
 
@@ -149,7 +149,7 @@ class Apps:
 
         :raises NeedsBundle: it is not there.
         """
-        data = await self._store.get_bundle(digest)
+        data = await self._bundles.get(digest)
         if data is None:
             raise NeedsBundle(digest)
         return data
@@ -161,12 +161,12 @@ class Apps:
         """
         if await asyncio.to_thread(bundle.digest, data) != digest:
             raise SpecError("a bundle was damaged on its way.", digest)
-        await self._store.put_bundle(data)
+        await self._bundles.put(data)
 
     async def _check(self, application: Application) -> None:
         if not application.name:
             raise SpecError("an application that is registered needs a name.", "name")
-        if application.code is not None and await self._store.get_bundle(application.code) is None:
+        if application.code is not None and await self._bundles.get(application.code) is None:
             raise SpecError(f"the code bundle {application.code} is not there; upload it first.", "code")
 
     async def _named(self, name: str, project: str) -> AppRecord | None:

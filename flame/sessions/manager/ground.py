@@ -72,6 +72,10 @@ class Ground:
         """Where its workers reach the server."""
         return self._computes.server(compute)
 
+    def here(self, compute: str) -> bool:
+        """Whether its workers see the files of the server's host."""
+        return self._computes.site(compute).record.kind == "local"
+
     def reachable(self, compute: str) -> bool:
         """Whether it is known which workers a compute has."""
         return self._computes.reachable(compute)

@@ -114,7 +114,7 @@ class Live:
     @property
     def lacks(self) -> bool:
         """Whether it could use more executors than it has."""
-        return self.reason is None and not self.closing and self.need().wants > self.held
+        return self.reason is None and not self.closing and self.awaits is None and self.need().wants > self.held
 
     def window(self) -> int:
         """How many tasks an executor may have, the running one included."""
@@ -175,7 +175,10 @@ class Live:
     def view(self) -> SessionRecord:
         """It as it is shown."""
         executors = [one.view() for one in self.executors.values()]
-        return msgspec.structs.replace(self.saved.record, counts=self.counts, executors=executors, reason=self.reason)
+        reason = self.reason
+        if reason is None and self.awaits is not None:
+            reason = "It waits for its client to bring the common data."
+        return msgspec.structs.replace(self.saved.record, counts=self.counts, executors=executors, reason=reason)
 
     def watch(self, told: Callable[[], None]) -> Callable[[], None]:
         """Call ``told`` when counts have changed, not too often; gives what ends that."""

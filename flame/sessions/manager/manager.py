@@ -69,7 +69,7 @@ class Manager:
         context = controller.context
         self._catalog = controller.catalog
         self.context = context
-        self.apps = Apps(context.store)
+        self.apps = Apps(context)
         self.objects = Objects(context.store, context.place, context.options.largest_artifact)
         self._sessions: Shelf[SessionRecord] = Shelf(context.store, "sessions", SessionRecord)
         self._records: Shelf[ExecutorRecord] = Shelf(context.store, "executors", ExecutorRecord)
@@ -230,7 +230,7 @@ class Manager:
             await self.session(id)
             raise Conflict(f"Session {id} is closed.")
         await self.objects.put(id, digest, data)
-        if live.closing:  # while the object was on its way
+        if id not in self._lives:  # closed while the object was on its way
             await self.objects.drop(id)
         if live.awaits == digest:
             live.awaits = None
@@ -419,6 +419,16 @@ class Manager:
         if executor is None or executor.releasing or attempt != 1:
             raise Forbidden(f"Executor {id} is not known any more.")
         return executor
+
+    def session_of(self, id: str, attempt: int, key: str | None) -> str:
+        """The session that an executor serves.
+
+        :raises flame.errors.Forbidden: it serves none, or was given up.
+        """
+        live = self.connected(id, attempt, key).live
+        if live is None:
+            raise Forbidden(f"Executor {id} serves no session.")
+        return live.id
 
     def attach(self, executor: Executor) -> Link:
         """The connection for an executor that was let in."""

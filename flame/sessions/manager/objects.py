@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from flame.artifacts import Artifact, Artifacts
 from flame.artifacts.base import addressed
@@ -36,8 +37,8 @@ class Objects:
 
     def folder(self) -> Path | None:
         """The folder in which objects are files under the first two digits of their digest; None where they are no files here."""
-        path = self.place.path(addressed(_FOLDER, "0" * 64))
-        return None if path is None else path.parents[1]
+        parts = urlsplit(self.place.url)
+        return Path(unquote(parts.path), _FOLDER) if parts.scheme == "file" else None
 
     async def put(self, session: str, digest: str, data: AsyncIterable[bytes]) -> None:
         """A session gets an object.
