@@ -33,6 +33,7 @@ from flame.sessions.manager.live import Live
 from flame.sessions.manager.objects import Objects
 from flame.sessions.scheduler import Bind, Release, Service, Start, Unbind, plan
 from flame.spec.sessions import (
+    Application,
     ExecutorRecord,
     ExecutorState,
     SessionForm,
@@ -657,12 +658,10 @@ class Manager:
         self._executors[executor.id] = executor
         self._ground.hold(executor)
         executor.after("reunion", DEPLOY, lambda: self._missed(executor))
-        self.context.background.spawn(self._begin(executor))
+        self.context.background.spawn(self._begin(executor, live.application))
 
-    async def _begin(self, executor: Executor) -> None:
-        live = executor.live
-        assert live is not None
-        app, compute = live.application, executor.record.compute
+    async def _begin(self, executor: Executor, app: Application) -> None:
+        compute = executor.record.compute
         spec = WorkerSpec(
             task=executor.id,
             job=JOB,
@@ -682,6 +681,8 @@ class Manager:
             image=app.image,
         )
         try:
+            if executor.releasing:  # its session was closed before it came to this
+                return
             # Known before it is there: a restarted server ends executors that it does not know.
             executor.saved = await self._records.insert(executor.id, executor.record)
             executor.info = await self._ground.runner(compute).start(spec)
