@@ -49,7 +49,7 @@ THINGS: dict[str, str] = {
 #: Resources of the server itself: no project hides them. What their handlers look at is tested further down.
 OF_ALL = {"bundles", "users", "tokens", "projects", "computes"}
 #: Further parameters, which name a part of the thing.
-PARTS = {"name": "model", "attempt": "1", "round": "1", "invite": "0" * 24}
+PARTS = {"digest": "0" * 64, "name": "model", "attempt": "1", "round": "1", "invite": "0" * 24}
 
 #: Bodies of routes for workers that take no list; what is wrong with a body is not looked at before the key.
 BODIES = {"/v1/tasks/{id}/checkpoints/{round}": {"file": "x", "size": 1}}

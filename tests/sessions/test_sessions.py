@@ -230,7 +230,7 @@ async def test_counts_can_be_watched(served: Any) -> None:
 
 
 async def test_a_registered_application_is_used_by_its_name(served: Any) -> None:
-    _, bundles = flame.sessions.client.describe(sessionkit.square)
+    _, bundles, _ = flame.sessions.client.describe(sessionkit.square)
     ((digest, data),) = bundles.items()
     await served.client.code.upload(data)
     app = await served.manager.apps.create(
