@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from flame.errors import CodecError, UsageError
+from flame.sessions.wire import REFERENCE
 
 _ARRAY = 1
-_REFERENCE = 2
 _plain = msgspec.msgpack.Encoder().encode
 _head = msgspec.msgpack.Decoder(tuple[str, list[int]]).decode
 
@@ -81,7 +81,7 @@ def extend(value: Any) -> Any:
     :raises TypeError: it cannot travel.
     """
     if isinstance(value, Reference):
-        return msgspec.msgpack.Ext(_REFERENCE, bytes.fromhex(value.digest))
+        return msgspec.msgpack.Ext(REFERENCE, bytes.fromhex(value.digest))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
         from flame.sdk.tensors import flatten
@@ -102,7 +102,7 @@ def restore(code: int, data: memoryview) -> Any:
 
     :raises ValueError: it is none of ours.
     """
-    if code == _REFERENCE:
+    if code == REFERENCE:
         reference = Reference(data.hex())
         return reference if resolve is None else resolve(reference)
     if code != _ARRAY:

@@ -59,6 +59,18 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[Any]).decode
 
 
+#: The extension of msgpack that stands for an object in a payload.
+REFERENCE: Final = 2
+
+
+def reference(digest: str) -> bytes:
+    """A payload that is an object, for who decodes no payloads.
+
+    :param digest: of the object, in hex.
+    """
+    return _encode(msgspec.msgpack.Ext(REFERENCE, bytes.fromhex(digest)))
+
+
 def frame(*message: Any) -> bytes:
     """A message as it is sent."""
     body = _encode(message)

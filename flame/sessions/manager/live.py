@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flame.controller.shelf import Saved
+from flame.sessions import wire
 from flame.sessions.lifecycle import Book, End, Options, Work
 from flame.sessions.manager import journal
 from flame.sessions.manager.journal import Keeper, Member
-from flame.sessions.payload import Reference, dumps
 from flame.sessions.scheduler import Need
 from flame.spec.sessions import Counts, SessionRecord
 
@@ -59,7 +59,7 @@ class Live:
         self.reason: str | None = record.reason
         self.closing = False
         digest = record.form.common_digest
-        self.common = record.form.common if digest is None else dumps(Reference(digest))
+        self.common = record.form.common if digest is None else wire.reference(digest)
         self.awaits: str | None = None
         self.files: dict[str, bytes] = {}
         self.last = 0  # of the journal's records
