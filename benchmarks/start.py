@@ -37,7 +37,7 @@ from flame.spec.load import load_job
 from flame.spec.nouns import Compute, Placement
 from flame.spec.records import JobState
 
-RUNS = 7
+RUNS = int(os.environ.get("FLAME_BENCH_RUNS", "7"))
 WORKERS = 3
 LIMITS = {"local": "<= 1", "docker": "<= 3", "kubernetes": "<= 5"}
 
@@ -70,9 +70,11 @@ def processor_time(pid: int) -> float:
     return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
-def imports(libraries: str) -> float:
-    """Seconds until as many processes as the job has workers have imported its libraries."""
+def imports(libraries: str, image: str | None = None) -> float:
+    """Seconds until as many processes as the job has workers have imported its libraries, here or each in a container."""
     command = [sys.executable, "-c", f"import {libraries}"]
+    if image is not None:
+        command = ["docker", "run", "--rm", "--entrypoint", "python", image, *command[1:]]
     began = time.perf_counter()
     for process in [subprocess.Popen(command) for _ in range(WORKERS)]:
         process.wait()
@@ -164,19 +166,24 @@ async def measure(
             form = msgspec.structs.replace(loaded.form, placement=placement)
             since = scheduled if name == "kubernetes" else None
             await first_round(client, form, since)  # the first time files are read from the disk
-            alone, whole, spent = [], [], []
+            alone, whole, spent, bare = [], [], [], []
             for _ in range(RUNS):  # one after the other, as other programs make both slower at times
                 before = resource.getrusage(resource.RUSAGE_CHILDREN)
                 alone.append(await asyncio.to_thread(imports, libraries))
                 after = resource.getrusage(resource.RUSAGE_CHILDREN)
                 server = processor_time(pid)
                 whole.append(await first_round(client, form, since))
+                if name == "docker":
+                    bare.append(await asyncio.to_thread(imports, libraries, str(there.config["image"])))
                 own = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
                 spent.append(processor_time(pid) - server - own)
             over = statistics.median(both - one for both, one in zip(whole, alone, strict=True))
             figures.append(Figure(f"{WORKERS} processes import {libraries}", statistics.median(alone), "s"))
             figures.append(Figure(f"start to first round, {name}, {libraries}", statistics.median(whole), "s"))
             figures.append(Figure(f"over the imports, {name}, {libraries}", over, "s", LIMITS[name]))
+            if bare:
+                engine = statistics.median(bare)
+                figures.append(Figure(f"{WORKERS} containers import {libraries}, by docker run", engine, "s"))
             if name == "local":  # the workers are the server's children; less disturbed by what else runs than a clock
                 cores = statistics.median(spent)
                 figures.append(Figure(f"processor time over the imports, whole job, {libraries}", cores, "s"))
