@@ -17,7 +17,7 @@ from flame.controller.keys import Keys
 from flame.controller.supervisor import Supervisor
 from flame.errors import RunnerError
 from flame.notifier import Notifier
-from flame.runners.base import Capacity, ExitCallback, Runner, WorkerExit, WorkerInfo, WorkerSpec
+from flame.runners.base import Capacity, ExitCallback, NewsCallback, Runner, WorkerExit, WorkerInfo, WorkerSpec
 from flame.spec import bundle
 from flame.spec.nouns import Channel, Dataset, DatasetGroups, JobForm, RestartPolicy, Role, RoundPolicy, Schema
 from flame.spec.records import ComputeRecord, Event, Job, JobState, Report, Task
@@ -37,6 +37,7 @@ class World:
         self.refuse: str | None = None
         self.stubborn = 0
         self.told: ExitCallback | None = None
+        self.on_news: NewsCallback | None = None
         self.on_list: Callable[[], None] | None = None
         self.on_start: Callable[[WorkerSpec], None] | None = None
         self.down: str | None = None
@@ -51,6 +52,11 @@ class World:
         """Be out of reach, if so it is."""
         if self.down:
             raise RunnerError(self.down)
+
+    def say(self, task: str, attempt: int, message: str | None) -> None:
+        """The compute says what a worker waits for, or why it takes it away."""
+        assert self.on_news is not None
+        self.on_news(self.workers[f"{task}.{attempt}"], message)
 
     def exit(self, task: str, attempt: int, code: int | None = 0, signal: str | None = None) -> None:
         """A worker ends by itself."""
@@ -70,6 +76,7 @@ class FakeRunner(Runner):
     async def open(self, on_exit: ExitCallback) -> None:
         self.world.check()
         self.world.told = on_exit
+        self.world.on_news = self.on_news
 
     async def start(self, spec: WorkerSpec) -> WorkerInfo:
         world = self.world
