@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -199,7 +200,7 @@ async def _counts(call: Call[Any, Any], record: SessionRecord) -> AsyncGenerator
             changed.clear()
             record = await call.api.sessions.session(record.id)
             data = {"state": record.state.value, **msgspec.to_builtins(record.counts)}
-            yield [Event(seq=number, time=asyncio.get_running_loop().time(), type="counts", data=data)]
+            yield [Event(seq=number, time=time.time(), type="counts", data=data)]
             if record.state is SessionState.CLOSED:
                 return
             number += 1

@@ -89,3 +89,13 @@ def label(task: Task) -> str:
 
 def _whole(given: str, length: int) -> bool:
     return len(given) == length and all(letter in "0123456789abcdef" for letter in given)
+
+
+async def app_id(client: Client, given: str) -> str:
+    """The id of the application that is meant."""
+    return pick("app", given, [(one.id, one.name) for one in await client.apps.list()])
+
+
+async def session_id(client: Client, given: str) -> str:
+    """The id of the session that is meant."""
+    return pick("session", given, [(one.id, one.application.name) for one in await client.sessions.list()])

@@ -12,6 +12,7 @@ from flame.client.local import running
 from flame.client.participant import Invites
 from flame.client.people import Deed, Projects, Tokens, Users
 from flame.client.resources import Codes, Computes, Datasets, Designs, Page, Schemas, ServerInfo
+from flame.client.sessions import Apps, Sessions
 from flame.client.tls import Tls
 from flame.spec.people import Known
 
@@ -41,6 +42,8 @@ class Client:
         self.computes = Computes(self._session)
         self.jobs = Jobs(self._session)
         self.tasks = Tasks(self._session)
+        self.apps = Apps(self._session)
+        self.sessions = Sessions(self._session)
         self.users = Users(self._session)
         self.tokens = Tokens(self._session)
         self.projects = Projects(self._session)

@@ -64,6 +64,11 @@ class Task:
         self.input = input
 
 
+def echo(value: Any) -> Any:
+    """The application of ``flame ping``: answers with what it is given."""
+    return value
+
+
 def load(entry: str, arguments: Mapping[str, Any]) -> Application:
     """The application that an entry names.
 

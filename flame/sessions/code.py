@@ -59,7 +59,7 @@ def gather(what: Any, folder: str | Path | None = None) -> Code:
         home = module.__name__
     if folder is not None:
         root = Path(folder).resolve()
-        files = dict(_below(root, root))
+        files = dict(files_below(root, root))
         if not path.is_relative_to(root):
             raise UsageError(f"{what.__module__} is not in {root}.")
         home = ".".join(path.relative_to(root).with_suffix("").parts)
@@ -72,7 +72,7 @@ def gather(what: Any, folder: str | Path | None = None) -> Code:
         files = {}
         for place in places:
             root = Path(place).resolve()
-            files.update(_below(root, root.parent))
+            files.update(files_below(root, root.parent))
         return Code(f"{home}:{name}", bundle.pack_files(files))
     if dot or path.name == "__init__.py":
         home = home.rpartition(".")[2]
@@ -96,7 +96,8 @@ def _installed(path: Path) -> bool:
     )
 
 
-def _below(folder: Path, root: Path) -> Iterator[tuple[str, bytes]]:
+def files_below(folder: Path, root: Path) -> Iterator[tuple[str, bytes]]:
+    """A folder's files by their paths from ``root``; hidden and compiled ones are left out."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(root).parts
         hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
