@@ -36,7 +36,8 @@ class MiddleAggregator(SyncMiddleAggregator):
         last = not tally.pending or tally.answered >= tally.target
         # A rule that needs all of a group's updates at once (a robust one) cannot do with parts of them.
         # Nor can a deterministic round, which must be the same when this worker is replaced in its middle: parts cannot be taken back.
-        if last or self._strict or not self._optimizer.streaming or tally.samples == self._sent[1]:
+        replaced = self._strict and self.config.restart.of(self.config.role).attempts > 0
+        if last or replaced or not self._optimizer.streaming or tally.samples == self._sent[1]:
             return
         self._parts += 1
         if self._parts < goal:
