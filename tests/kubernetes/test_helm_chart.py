@@ -137,7 +137,7 @@ class Release:
 def release(tmp_path_factory: pytest.TempPathFactory, namespace: str, image: str) -> Iterator[Release]:
     release = Release(tmp_path_factory.mktemp("release"), namespace, image)
     release.make_volume()
-    release.install()
+    release.install("extraArgs[0]=--lease=60")  # the machine of the tests may be busy, and its pods slow to come back
     yield release
     release.close()
     helm("uninstall", release.name, "-n", namespace)
