@@ -134,6 +134,7 @@ def tasks_of(schema, groups, **more):
         "registry": {"sort": "dummy"},
         "datasets": [{"id": str(n), "name": str(n), "url": f"file:///{n}"} for n in range(number)],
         "dataSpec": [{"role": "trainer", "datasetGroups": spec}],
+        "restart": {"attempts": 0},  # nobody would replace a thread
         **more,
     }
     form = msgspec.convert(raw, JobForm)
