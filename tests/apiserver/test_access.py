@@ -256,3 +256,13 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.M
     assert b"did not come within" in answer
     writer.close()
     await writer.wait_closed()
+
+
+async def test_an_amount_of_memory_that_is_none_is_refused_where_it_is_read(served: Any) -> None:
+    for memory in ("", "much", "-1", "9" * 400, "1e999"):
+        application = {"name": "app", "entry": "main:Main", "resources": {"memory": memory}}
+        status, answer = await served.call("POST", "/v1/apps", json=application)
+        assert (status, answer["error"]["type"]) == (422, "SpecError"), memory
+        assert len(answer["error"]["message"]) < 300
+    status, answer = await served.call("POST", "/v1/computes", json={"name": "c", "kind": "nothing"})
+    assert (status, "no kind of compute" in answer["error"]["message"]) == (422, True)
