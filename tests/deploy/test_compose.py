@@ -52,10 +52,10 @@ def demo() -> Iterator[Demo]:
         demo.compose("down", "--volumes", "--timeout", "2", check=False)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_docker_compose_up_trains_the_digits_with_all_that_belongs_to_it(demo: Demo) -> None:
-    demo.compose("up", "--detach", "--no-build", "--pull", "never", timeout=200)
-    demo.compose("wait", "job", check=False, timeout=250)
+    demo.compose("up", "--detach", "--no-build", "--pull", "never", timeout=300)
+    demo.compose("wait", "job", check=False, timeout=500)
     said = demo.compose("logs", "--no-log-prefix", "job")
     assert demo.inspect("job", "{{.State.ExitCode}}") == "0", said + demo.compose("logs", "server")
     assert "state    completed" in said
