@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("kubernetes", "")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "kubernetes"))
 
 import engines
 from jobkit import Flame, Server, until
