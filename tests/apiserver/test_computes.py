@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from flame.client import Client
-from flame.errors import Conflict, NotFound, SpecError, UsageError
+from flame.errors import Conflict, NotFound, SpecError
 from flame.runners.cgroups import Limits, make_group
 from flame.spec.nouns import Compute, Dataset, Placement, Resources, RestartPolicy
 from flame.spec.records import JobState
@@ -94,7 +94,7 @@ async def test_a_kind_of_another_package_runs_jobs_and_its_secrets_are_never_sho
 
 async def test_what_cannot_be_is_refused_with_a_sentence(served: Any) -> None:
     computes = served.client.computes
-    with pytest.raises(UsageError, match="no kind of compute 'cloud'; known are: "):
+    with pytest.raises(SpecError, match="kind: There is no kind of compute 'cloud'; known are: "):
         await computes.create(Compute(name="a", kind="cloud"))
     with pytest.raises(SpecError, match="memory"):
         await computes.create(Compute(name="a", kind="local", memory="much"))
