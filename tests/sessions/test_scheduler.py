@@ -8,6 +8,9 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flame.controller.placement import Load, Room
+from flame.runners.base import Capacity
+from flame.sessions.manager.ground import Ground
 from flame.sessions.scheduler import Bind, Held, Need, Node, Release, Service, Start, Unbind, deserve, plan
 
 NODES = st.lists(
@@ -298,3 +301,29 @@ def test_a_late_session_takes_from_who_has_too_many_and_idle_ones_first() -> Non
     actions = plan([old, new], [Node("n", 4)], held)
     assert actions[0] == Unbind("e2")
     assert len(actions) == 2
+
+
+class Computes:
+    """What the computes say of their room."""
+
+    def __init__(self, *rooms: Room, reserved: frozenset[str] = frozenset()) -> None:
+        self.reserved = reserved
+        self._rooms = rooms
+
+    def rooms(self) -> tuple[Room, ...]:
+        return self._rooms
+
+
+def nodes(computes: Computes) -> dict[str, int | None]:
+    return {node.name: node.slots for node in Ground(computes).nodes([])}  # type: ignore[arg-type]
+
+
+def test_a_compute_without_a_number_of_slots_still_has_an_end() -> None:
+    unlimited = Room("a", capacity=Capacity(slots=None, cpu=2.0), used=Load(3))
+    unknown, counted = Room("b", capacity=Capacity()), Room("c", capacity=Capacity(slots=5), used=Load(1))
+    closed = Room("d", capacity=Capacity(slots=5), closed="is drained")
+    assert nodes(Computes(unlimited, unknown, counted, closed)) == {"a": 13, "b": 64, "c": 4}
+
+
+def test_nobody_takes_room_that_jobs_wait_for() -> None:
+    assert nodes(Computes(Room("a", capacity=Capacity(slots=5)), reserved=frozenset({"a"}))) == {"a": 0}

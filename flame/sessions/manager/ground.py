@@ -14,6 +14,8 @@ from flame.sessions.scheduler import Node
 
 #: Executors that are started at once on the server's own host, a core: more of them only hold each other up.
 STARTING_PER_CORE = 1
+#: Executors a core that a compute has at most, where nobody has said how many slots it has; and where its cores are not known.
+PER_CORE, UNKNOWN = 8, 64
 #: Executors of another compute that are started at once.
 STARTING = 64
 
@@ -34,7 +36,10 @@ class Ground:
             if room.closed is not None:
                 continue
             own, used, limit = total(loads.get(room.name, ())), room.used, room.capacity
-            slots = None if limit.slots is None else max(0, limit.slots - used.workers + own.workers)
+            most = limit.slots
+            if most is None:  # a session of a million tasks must not start a million executors
+                most = int(PER_CORE * limit.cpu) if limit.cpu else UNKNOWN
+            slots = max(0, most - used.workers + own.workers)
             if room.name in self._computes.reserved:  # jobs wait for it: there is what there is
                 slots = own.workers
             found.append(
