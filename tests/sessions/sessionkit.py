@@ -157,3 +157,8 @@ class Counter:
 
 def power(base: int, exponent: int = 2) -> int:
     return int(base**exponent)
+
+
+def nap(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds

@@ -264,3 +264,41 @@ async def test_a_closed_session_can_be_removed_and_its_code_goes_with_the_last_t
     assert await manager.context.bundles.get(code) is not None
     await manager.delete_app(app.id)
     assert await manager.context.bundles.get(code) is None
+
+
+async def test_a_long_task_among_short_ones_holds_nothing_up(served: Any, tmp_path: Path) -> None:
+    here, gate = str(tmp_path), str(tmp_path / "gate")
+    async with served.open(sessionkit.wait_for, max_instances=2) as session:
+        await asyncio.gather(*session.submit_many([here] * 500))  # short ones: many are given ahead
+        long = session.submit(gate)
+        short = session.submit_many([here] * 400)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*short)
+        assert not long.done()
+        assert served.manager.live(session.id).counts.running == 1
+        Path(gate).touch()
+        assert await long == gate
+
+
+async def test_sessions_share_by_weight_and_a_late_one_gets_its_share_between_two_tasks(served: Any) -> None:
+    async with (
+        served.open(sessionkit.nap, weight=1.0) as one,
+        served.open(sessionkit.nap, weight=3.0) as three,
+        served.open(sessionkit.nap, weight=4.0, priority=1, max_instances=2) as urgent,
+    ):
+
+        def held() -> list[int]:
+            return [served.manager.live(session.id).held for session in (one, three, urgent)]
+
+        futures = one.submit_many([0.01] * 600)
+        await until(lambda: held() == [4, 0, 0])
+        futures += three.submit_many([0.01] * 600)
+        await until(lambda: held() == [1, 3, 0])
+        quick = urgent.submit_many([0.01] * 60)
+        await until(lambda: held()[2] == 2)
+        await asyncio.gather(*quick)
+        assert not all(future.done() for future in futures)
+        await until(lambda: held()[:2] == [1, 3])
+        await asyncio.gather(*futures)
+    for session in (one, three, urgent):
+        assert (await served.manager.session(session.id)).counts.failed == 0
