@@ -14,7 +14,7 @@ from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flame.errors import UsageError
+from flame.errors import SpecError, UsageError
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@=-]{0,254}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -113,10 +113,10 @@ class Artifacts(abc.ABC):
 def addressed(folder: str, digest: str) -> str:
     """The name of what is kept in a folder by its content.
 
-    :raises flame.errors.UsageError: that is no digest.
+    :raises flame.errors.SpecError: that is no digest.
     """
     if not _DIGEST.fullmatch(digest):
-        raise UsageError(f"{digest[:80]!r} is no SHA-256 in hex.")
+        raise SpecError(f"{digest[:80]!r} is no SHA-256 in hex.")
     return f"{folder}/{digest[:2]}/{digest}"
 
 

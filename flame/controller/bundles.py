@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from flame.artifacts import Artifacts
 from flame.artifacts.base import addressed
-from flame.errors import NotFound, UsageError
+from flame.errors import NotFound, SpecError
 from flame.store import Store
 
 FOLDER = "bundles"
@@ -36,7 +36,7 @@ class Bundles:
         if self._place is not None:
             try:
                 return await self._place.get(addressed(FOLDER, digest))
-            except (NotFound, UsageError):
+            except (NotFound, SpecError):
                 pass
         return await self._store.get_bundle(digest)
 
