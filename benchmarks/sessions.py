@@ -373,6 +373,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["first", "throughput", "ten", "shares"])
     arguments = parser.parse_args()
     os.environ.pop("FLAME_SERVER", None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and executors go, too
     figures: list[Figure] = []
     if arguments.only in (None, "first"):
         figures += asyncio.run(first_tasks(arguments.repeat))
