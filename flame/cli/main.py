@@ -19,6 +19,7 @@ _COMMANDS = {
     "design": ("flame.cli.design:design", "Named workflows: a schema and the code of its roles."),
     "schema": ("flame.cli.schema:schema", "The topology of a design; draw it."),
     "code": ("flame.cli.code:code", "The code of a design's roles."),
+    "chaos": ("flame.cli.chaos:chaos", "Kill, pause and cut off parts of a job on purpose, and see that it goes on."),
     "compute": ("flame.cli.compute:compute", "Places that run workers: register, list, drain them."),
     "dataset": ("flame.cli.dataset:dataset", "Data registered by URL and realm."),
     "login": ("flame.cli.login:login", "Keep a server's address and your token for the commands that follow."),

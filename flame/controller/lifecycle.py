@@ -480,11 +480,18 @@ def _set(job: JobLife, task: TaskLife) -> JobLife:
 
 
 def _superfluous(job: JobLife) -> list[TaskLife]:
-    """Workers that have taken another one's place and find that the others have done the work and are gone."""
+    """Workers that have taken another one's place and find that the others have done the work and are gone.
+
+    And where that is an aggregator, those who consume data too: they may still wait to hear from it that the work is done.
+    """
     if not _done(job):
         return []
     idle = (TaskState.READY, TaskState.COMPLETED, TaskState.FAILED, TaskState.TERMINATED)
-    return [task for task in job.tasks.values() if task.attempt > 1 and task.state not in idle]
+    busy = [task for task in job.tasks.values() if task.state not in idle]
+    late = [task for task in busy if task.attempt > 1]
+    if any(task.role not in job.consumers for task in late):
+        late += [task for task in busy if task.attempt == 1 and task.role in job.consumers]
+    return late
 
 
 def _done(job: JobLife) -> bool:

@@ -222,6 +222,17 @@ class Channel:
         """Whether an end is there."""
         return end in self._inbox.present
 
+    def strayed(self, within: float) -> list[str]:
+        """The ends whose connection was lost in the last ``within`` seconds, and who have not come back; they may be about to."""
+        since = time.monotonic() - within
+        with self._inbox.condition:
+            return [end for end, when in self._inbox.lost.items() if when > since]
+
+    def visits(self) -> dict[str, int]:
+        """How often each end has come: whose number has grown has lost its connection in between, and what was sent on it perhaps."""
+        with self._inbox.condition:
+            return dict(self._inbox.visits)
+
     def empty(self) -> bool:
         """True when no end is there."""
         return not self._inbox.present

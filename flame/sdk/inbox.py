@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from flame.sdk.codec import Message
 
 
+#: The reason with which backends report an end that has left in good order. With any other its connection was lost.
+LEFT = "left the channel"
+
+
 class Arrival:
     """A message as it arrived; opened (decoded) by who takes it, or peeks at it."""
 
@@ -59,6 +63,9 @@ class Inbox:
         look at the others too.
     :ivar condition: notified whenever an end comes or goes, or a message arrives.
     :ivar present: the ends that are there, in the order in which they came.
+    :ivar reasons: of the ends that are gone, why.
+    :ivar visits: how often each end has come.
+    :ivar lost: when the connection of those was lost that have not left in good order, by the monotonic clock.
     """
 
     def __init__(
@@ -73,6 +80,8 @@ class Inbox:
         self.condition = condition or threading.Condition()
         self.present: dict[str, End] = {}
         self.reasons: dict[str, str] = {}
+        self.lost: dict[str, float] = {}
+        self.visits: dict[str, int] = {}
         self._on_want = on_want
         self._left: dict[str, End] = {}  # gone, with messages that were not taken yet
         self._waits: list[Wait] = []
@@ -91,6 +100,8 @@ class Inbox:
             end.member = member
             self.present[member.end] = end
             self.reasons.pop(member.end, None)
+            self.lost.pop(member.end, None)
+            self.visits[member.end] = self.visits.get(member.end, 0) + 1
             self.condition.notify_all()
 
     def on_leave(self, end: str, reason: str) -> None:
@@ -100,6 +111,8 @@ class Inbox:
             if gone is None:
                 return
             self.reasons[end] = reason
+            if reason != LEFT:
+                self.lost[end] = time.monotonic()
             if gone.queue:
                 self._left[end] = gone
             self._answer(end)

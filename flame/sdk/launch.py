@@ -2,7 +2,8 @@
 
 The script runs as ``__main__``, with its folder first in ``sys.path``, as if Python had been given it. Around it:
 
-* The process dies with the flamelet that started it (``FLAME_PARENT_PID``), also when that one is killed.
+* The process dies with the flamelet that started it (``FLAME_PARENT_PID``), also when that one is killed; at the latest when the
+  link to it breaks.
 * What it prints is in the task's log at once, a line at a time.
 * How it failed reaches the user: a :class:`flame.errors.FlameError` as its sentence, without a traceback; anything else as
   the traceback in the log and its last line, with the place in the role's own code, over the link.
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
     if (reach := points(Path.cwd().name)) is not None:  # the folder has the role's name
         reach("start", 0)
     link = links.current()
+    link.on_lost = _end_as_orphan
     atexit.register(link.close)  # the last of them: those registered later run earlier
     try:
         if not arguments:
@@ -92,6 +94,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(parent):
         sys.exit(1)
+
+
+def _end_as_orphan() -> None:
+    """The flamelet is gone, so this attempt is over: its successor must not meet what this one still does.
+
+    The kernel says so too (:func:`die_with_parent`), but only when it has cleared the flamelet's memory away; by then a worker that takes
+    nobody's word any more may have told its peers of a round that is not kept.
+    """
+    os._exit(1)
 
 
 def _calm_thread_pools() -> None:

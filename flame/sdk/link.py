@@ -41,6 +41,8 @@ class Link:
     rendezvous: Rendezvous | None = None
     #: The group whose rounds and model this worker tells of, in a job of independent groups; empty where there is one.
     group: str = ""
+    #: Called in a thread of the link's when the other side of it is gone, before anybody here can act on that.
+    on_lost: Callable[[], object] | None = None
 
     def __init__(self, artifacts: str | os.PathLike[str] | None = None) -> None:
         self._folder = Path(artifacts or os.environ.get("FLAME_ARTIFACTS") or "artifacts")
@@ -262,6 +264,8 @@ class SocketLink(Link):
 
     def _lose(self, why: str) -> None:
         with self._news:
+            if self._gone is None and self.on_lost is not None:
+                self.on_lost()
             if self._gone is None:
                 self._gone = why
                 log.warning("The link to the flamelet is gone: %s.", why)

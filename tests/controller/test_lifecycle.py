@@ -232,6 +232,20 @@ def test_who_gives_up_because_the_others_have_done_the_work_does_not_fail_the_jo
     assert any(isinstance(a, Warn) and "when the work was done" in a.message for a in actions)
 
 
+def test_those_who_wait_for_an_aggregator_that_comes_back_when_the_work_is_done_are_let_go() -> None:
+    job = new(restart=Restart())
+    tree = replace(
+        job,
+        tasks={**job.tasks, "t1": replace(job.tasks["t1"], role="middle")},
+        quorum={**job.quorum, "trainer": 1, "middle": 1},
+    )
+    tree, _ = drive(tree, Start(), Admit(), *all_of(tree, Running), Delivered("t0", 1), Gone("t1", 1, cause("t1")))
+    assert tree.tasks["t2"].state is TaskState.RUNNING
+    tree, actions = drive(tree, Completed("t0", 1))
+    assert [task.state for task in tree.tasks.values()] == [TaskState.COMPLETED] * 3
+    assert End("t2", 1, "its task has ended", parting=True) in actions, "it gets a moment for what it does by itself"
+
+
 def test_a_paused_job_has_no_worker_and_goes_on_under_new_attempts() -> None:
     job = new()
     job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Pause())

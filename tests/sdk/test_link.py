@@ -196,3 +196,49 @@ def test_without_an_environment_the_link_is_the_one_by_hand(monkeypatch):
     links.install(None)
     assert type(links.current()) is Link
     links.install(None)
+
+
+def test_who_is_left_alone_is_told_before_anybody_can_act_on_it(flamelet):
+    seen = []
+    flamelet.link.on_lost = lambda: seen.append(flamelet.link._gone)
+
+    def hand_in():
+        with pytest.raises(WorkerError, match="gone"):
+            flamelet.link.checkpoint(1, flamelet.link.folder / "c")
+
+    waiting = threading.Thread(target=hand_in)
+    waiting.start()
+    flamelet.hear()
+    flamelet.lines.close()
+    flamelet.sock.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert seen == [None], "once, and first"
+
+
+def test_who_closes_the_link_is_not_alone(flamelet):
+    seen = []
+    flamelet.link.on_lost = lambda: seen.append(True)
+    flamelet.link.close()
+    assert flamelet.lines.read() == b""
+    assert not seen
+
+
+def test_a_role_ends_at_once_when_its_flamelet_is_gone(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text("import threading\nprint('up', flush=True)\nthreading.Event().wait()\n")
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        environment = {**os.environ, "FLAME_LINK_FD": str(theirs.fileno()), "FLAME_ARTIFACTS": str(tmp_path)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flame.sdk.launch", str(script)],
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            stdout=subprocess.PIPE,
+            cwd=tmp_path,
+        )
+        with process:
+            assert process.stdout.readline() == b"up\n"
+            theirs.close()
+            mine.close()
+            assert process.wait(20) == 1

@@ -16,6 +16,7 @@ from flame.sdk.codec import Message
 from flame.sdk.mode.analytics.respondent import HISTOGRAM, SUMMARY
 from flame.sdk.mode.analytics.statistics import Bracket, Estimate, Summary, closed
 from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.farewell import say_done
 from flame.sdk.mode.gathering import await_all
 from flame.sdk.mode.horizontal.syncfl.rounds import order_of
 from flame.sdk.mode.message import MessageType
@@ -207,8 +208,7 @@ class Analyst(RoundKeeper):
 
     def inform_end_of_training(self) -> None:
         """Tell all sites that the work is done."""
-        channel = self.channel(TAG_QUERY)
-        channel.broadcast({MessageType.EOT: True}, timeout=FAREWELL_SECONDS, kind="eot")
+        say_done(self.channel(TAG_QUERY))
 
     def save_results(self) -> None:
         """Hand the results to the server, as ``results.json``."""

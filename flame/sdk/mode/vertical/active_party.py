@@ -23,6 +23,7 @@ from flame.sdk.channel import Channel
 from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.farewell import say_done
 from flame.sdk.mode.gathering import await_all
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.roundkeeper import RoundKeeper
@@ -409,9 +410,7 @@ class ActiveParty(RoundKeeper, Rewinding):
         self._deadline = time.monotonic() + FAREWELL_SECONDS
         for end in list(self._gradients):
             self._tell(channel, end, self._gradient(end))
-        failed = channel.broadcast({MessageType.EOT: True}, timeout=FAREWELL_SECONDS, kind="eot")
-        for end, reason in failed.items():
-            log.info("%s was not told that the work is done: it %s.", self._called(end), reason)
+        say_done(channel)
 
     def compose(self) -> None:
         """Put the workflow together: load_data, initialize, align, then in each round train, evaluate, save_metrics."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.farewell import FAREWELL_SECONDS
 from flame.sdk.mode.horizontal.coord_syncfl.balance import rebalance
 from flame.sdk.mode.horizontal.coord_syncfl.coordinator import (
     TAG_COORDINATE_WITH_MID_AGG,
@@ -12,7 +13,7 @@ from flame.sdk.mode.horizontal.coord_syncfl.coordinator import (
     TAG_COORDINATE_WITH_TRAINER,
 )
 from flame.sdk.mode.horizontal.coord_syncfl.coordinator import Coordinator as SyncCoordinator
-from flame.sdk.mode.horizontal.syncfl.rounds import FAREWELL_SECONDS, order_of
+from flame.sdk.mode.horizontal.syncfl.rounds import order_of
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.tasklet import Loop, Tasklet
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from flame.sdk.mode.farewell import say_done
 from flame.sdk.mode.horizontal.asyncfl.top_aggregator import TopAggregator as AsyncTopAggregator
 from flame.sdk.mode.horizontal.coord_syncfl.top_aggregator import TAG_COORDINATE
-from flame.sdk.mode.horizontal.syncfl.rounds import FAREWELL_SECONDS, TAG_AGGREGATE, TAG_DISTRIBUTE
-from flame.sdk.mode.message import MessageType
+from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE
 
 __all__ = ["TAG_AGGREGATE", "TAG_COORDINATE", "TAG_DISTRIBUTE", "TopAggregator"]
 
@@ -15,7 +15,7 @@ class TopAggregator(AsyncTopAggregator):
 
     def inform_end_of_training(self) -> None:
         """See the base class; the coordinator is told, too."""
-        self.channel(TAG_COORDINATE).broadcast({MessageType.EOT: True}, timeout=FAREWELL_SECONDS, kind="eot")
+        say_done(self.channel(TAG_COORDINATE))
         super().inform_end_of_training()
 
     @classmethod

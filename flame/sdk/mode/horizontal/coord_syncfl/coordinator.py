@@ -15,8 +15,9 @@ from flame.sdk.channel import Channel
 from flame.sdk.codec import Message
 from flame.sdk.config import Config
 from flame.sdk.mode.composer import Composer
+from flame.sdk.mode.farewell import FAREWELL_SECONDS, say_done
 from flame.sdk.mode.horizontal.coord_syncfl.balance import spread, steps
-from flame.sdk.mode.horizontal.syncfl.rounds import FAREWELL_SECONDS, order_of
+from flame.sdk.mode.horizontal.syncfl.rounds import order_of
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
 from flame.sdk.mode.tasklet import Loop, Tasklet
@@ -153,7 +154,7 @@ class Coordinator(Role):
     def inform_end_of_training(self) -> None:
         """Tell aggregators and trainers that the work is done."""
         for tag in (TAG_COORDINATE_WITH_MID_AGG, TAG_COORDINATE_WITH_TRAINER):
-            self.channel(tag).broadcast({MessageType.EOT: True}, timeout=FAREWELL_SECONDS, kind="eot")
+            say_done(self.channel(tag))
 
     def compose(self) -> None:
         """Put the workflow together: until the work is done wait for the top's question and answer it."""

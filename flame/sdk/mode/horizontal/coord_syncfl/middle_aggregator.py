@@ -7,11 +7,12 @@ from collections.abc import Collection
 
 from flame.sdk.channel import Channel
 from flame.sdk.codec import Message
+from flame.sdk.mode.farewell import FAREWELL_SECONDS
 from flame.sdk.mode.horizontal.coord_syncfl.coordinator import LOAD_SECONDS, LOAD_UPDATES
 from flame.sdk.mode.horizontal.coord_syncfl.top_aggregator import TAG_COORDINATE
 from flame.sdk.mode.horizontal.syncfl.follower import TAG_FETCH, TAG_UPLOAD
 from flame.sdk.mode.horizontal.syncfl.middle_aggregator import MiddleAggregator as SyncMiddleAggregator
-from flame.sdk.mode.horizontal.syncfl.rounds import FAREWELL_SECONDS, TAG_AGGREGATE, TAG_DISTRIBUTE, Tally
+from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, Tally
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.tasklet import Tasklet
 

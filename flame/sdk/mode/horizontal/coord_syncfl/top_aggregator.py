@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from flame.errors import RoundFailed, WorkerError
 from flame.sdk.channel import Channel
+from flame.sdk.mode.farewell import FAREWELL_SECONDS, say_done
 from flame.sdk.mode.horizontal.coord_syncfl.coordinator import ASK_IDLE, ASK_LOST
-from flame.sdk.mode.horizontal.syncfl.rounds import FAREWELL_SECONDS, TAG_AGGREGATE, TAG_DISTRIBUTE, Tally
+from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, Tally
 from flame.sdk.mode.horizontal.syncfl.top_aggregator import TopAggregator as SyncTopAggregator
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.tasklet import Tasklet
@@ -95,7 +96,7 @@ class TopAggregator(SyncTopAggregator):
 
     def inform_end_of_training(self) -> None:
         """See the base class; the coordinator is told, too."""
-        self.channel(TAG_COORDINATE).broadcast({MessageType.EOT: True}, timeout=FAREWELL_SECONDS, kind="eot")
+        say_done(self.channel(TAG_COORDINATE))
         super().inform_end_of_training()
 
     def compose(self) -> None:

@@ -25,6 +25,7 @@ from flame.sdk.channel import VAL_CH_STATE_SEND, Channel
 from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.datasamplers.base import AggregatorSampler
+from flame.sdk.mode.farewell import say_done
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
 from flame.sdk.optimizers.base import Optimizer, Update, trainers_of
@@ -38,10 +39,6 @@ TAG_AGGREGATE = "aggregate"
 
 #: The end's property under which its unanswered round is noted, with the attempt of the worker that owes it.
 PROP_BUSY = "busy"
-#: How long an end may take the word that the work is done, in seconds.
-FAREWELL_SECONDS = 10.0
-#: How long an aggregator in another one's place waits for ends that may have heard already that the work is done, in seconds.
-LATE_SECONDS = 3.0
 #: What is left of a deadline that is over, to take what has arrived by then.
 LAST_LOOK_SECONDS = 1.0
 
@@ -430,12 +427,8 @@ class RoundAggregator(Role):
     def inform_end_of_training(self) -> None:
         """Tell all who wait for a model that the work is done."""
         channel = self.channel(TAG_DISTRIBUTE)
-        if self.attempt > 1:  # some may wait for it since its predecessor was lost; or all have heard it already
-            here = self.config.peers.get(channel.name(), 0)
-            channel.wait_until(lambda: len(channel.all_ends()) >= here, LATE_SECONDS)
-        failed = channel.broadcast({MessageType.EOT: True}, timeout=FAREWELL_SECONDS, kind="eot")
-        for end, reason in failed.items():
-            log.info("%s was not told that the work is done: it %s.", end, reason)
+        # A successor: some may wait for it since its predecessor was lost; or all have heard it already.
+        say_done(channel, self.config.peers.get(channel.name(), 0) if self.attempt > 1 else 0)
 
 
 def order_of(channel: Channel, end: str) -> tuple[str, str]:
