@@ -64,6 +64,28 @@ def test_who_loses_it_while_being_told_is_told_again(pair, monkeypatch):
     assert told(trainer)
 
 
+def test_a_connection_that_is_broken_and_still_looks_whole_is_not_tried_again(pair, monkeypatch):
+    aggregator, trainer = pair
+    member, broadcast, tries = aggregator.member("t"), aggregator.broadcast, []
+
+    def come_again():
+        aggregator._inbox.on_leave("t", "closed the connection")
+        aggregator._inbox.on_join(member)
+
+    def fail_the_first_time(message, ends, *rest, **more):
+        tries.append(ends)
+        if len(tries) > 1:
+            return broadcast(message, ends, *rest, **more)
+        threading.Timer(0.1, come_again).start()
+        return {"t": "closed the connection"}
+
+    monkeypatch.setattr(aggregator, "broadcast", fail_the_first_time)
+    say_done(aggregator)
+    assert tries == [["t"], ["t"]]
+    assert aggregator._inbox.visits == {"t": 2}, "it has come anew before it is told again"
+    assert told(trainer)
+
+
 def test_who_has_left_in_good_order_or_long_ago_is_not_waited_for(pair, monkeypatch):
     aggregator, trainer = pair
     monkeypatch.setattr(farewell, "LATE_SECONDS", 60.0)

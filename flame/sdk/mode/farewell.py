@@ -30,10 +30,17 @@ def say_done(channel: Channel, expected: int = 0) -> None:
     now = channel.visits()
     lost = {*failed, *channel.strayed(LATE_SECONDS), *(end for end in here if now[end] != before[end])}
     if lost:
-        channel.wait_until(lambda: all(channel.has(end) for end in lost), LATE_SECONDS)
-        failed = _tell(channel, [end for end in lost if channel.has(end)])
+        # Come anew: a broken connection may still look whole at this moment.
+        channel.wait_until(lambda: not (lost - _come_anew(channel, before)), LATE_SECONDS)
+        failed |= dict.fromkeys(lost, "lost its connection")
+        again = lost & _come_anew(channel, before)
+        failed = {end: why for end, why in failed.items() if end not in again} | _tell(channel, sorted(again))
     for end, reason in failed.items():
         log.info("%s was not told that the work is done: it %s.", end, reason)
+
+
+def _come_anew(channel: Channel, before: dict[str, int]) -> set[str]:
+    return {end for end, number in channel.visits().items() if number > before.get(end, 0) and channel.has(end)}
 
 
 def _tell(channel: Channel, ends: list[str]) -> dict[str, str]:
