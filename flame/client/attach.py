@@ -38,17 +38,20 @@ async def serving(settings: Settings, private: PrivateServer | None = None) -> A
 
 
 @contextlib.asynccontextmanager
-async def attached(folder: Path, private: PrivateServer | None = None) -> AsyncIterator[Client]:
+async def attached(
+    folder: Path, private: PrivateServer | None = None, *, token: str | None = None
+) -> AsyncIterator[Client]:
     """A client of a server in a data directory, which lives for at least as long as the context does.
 
     :param private: one that was started already; None takes the one that runs there, or starts one.
+    :param token: the token; None takes the configured one.
     :raises flame.errors.ServerUnreachable: there is none and none could be started.
     """
     backoff = Backoff(patience=_PATIENCE)
     async with contextlib.AsyncExitStack() as stack:
         while True:
             try:
-                client = Client(await _url(folder, private))
+                client = Client(await _url(folder, private), token)
                 await stack.enter_async_context(client)
                 await stack.enter_async_context(client.attach())
                 break

@@ -22,7 +22,6 @@ import msgspec
 from flame import errors
 from flame.client import config
 from flame.client.http import Session as Http
-from flame.client.local import running as running_server
 from flame.errors import Conflict, FlameError, ServerError, ServerUnreachable, TaskCancelled, TaskFailed, UsageError
 from flame.sessions import dialing, wire
 from flame.sessions.code import gather
@@ -105,15 +104,17 @@ class Connection:
         self._returning: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Connection:
-        if self.server is None:
-            self.server = running_server(config.data_dir())
-        if self.server is None:
-            from flame.client.attach import attached
+        try:
+            if self.server is None:  # also one that runs already: it may be the private one of somebody who is about to leave
+                from flame.client.attach import attached
 
-            client = await self._stack.enter_async_context(attached(config.data_dir()))
-            self.server = client.server
-        self._link = await self._dial()
-        self.http = await self._stack.enter_async_context(Http(self.server, self._token))
+                client = await self._stack.enter_async_context(attached(config.data_dir(), token=self._token))
+                self.server = client.server
+            self._link = await self._dial()
+            self.http = await self._stack.enter_async_context(Http(self.server, self._token))
+        except BaseException:
+            await self._stack.aclose()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
