@@ -474,8 +474,7 @@ async def _unneeded(server: Server, stopping: asyncio.Event) -> None:
             await server.api.attachments.first.wait()
     except TimeoutError:
         log.info("nobody has attached within %g s", PRIVATE_PATIENCE)
-        return
-    await server.api.attachments.none.wait()
+    await server.api.attachments.unneeded()
 
 
 async def _first(*works: Any) -> None:

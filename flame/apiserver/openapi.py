@@ -23,7 +23,7 @@ _TEXTS = {
     422: "The request has the right form, and something in it cannot be; the sentence says what.",
     429: "Too many wrong tokens came from this address; Retry-After says for how long to wait.",
     500: "The server has failed.",
-    503: "The identity provider does not answer, so a token of it cannot be checked.",
+    503: "The identity provider does not answer, so a token of it cannot be checked; or this server is about to end.",
 }
 
 

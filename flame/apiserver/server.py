@@ -12,6 +12,7 @@ from aiohttp import web
 import flame
 from flame.apiserver import answers
 from flame.apiserver.routes import Access, Call, NoQuery, Route
+from flame.errors import ServerUnreachable
 from flame.spec.nouns import Registry
 from flame.spec.records import Event, Record
 
@@ -47,12 +48,14 @@ class Attachments:
 
     :ivar first: set once somebody has attached.
     :ivar none: set while nobody is attached.
+    :ivar over: nobody can attach any more: the server ends.
     """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.none = asyncio.Event()
         self.none.set()
+        self.over = False
         self._count = 0
         self._closed = asyncio.Event()
 
@@ -69,8 +72,15 @@ class Attachments:
             if not self._count:
                 self.none.set()
 
+    async def unneeded(self) -> None:
+        """Wait until all have gone. From then on nobody can attach, so that nobody counts on a server that ends."""
+        while not self.none.is_set():
+            await self.none.wait()
+        self.over = True
+
     def close(self) -> None:
         """The server ends: let all go."""
+        self.over = True
         self._closed.set()
 
 
@@ -103,6 +113,8 @@ async def server(call: Call[None, NoQuery]) -> Server:
 
 async def attach(call: Call[None, NoQuery]) -> web.StreamResponse:
     """Keep the server alive."""
+    if call.api.attachments.over:
+        raise ServerUnreachable("This server is about to end.")
     return await answers.events(call.request, call.api.attachments.stay())
 
 
@@ -185,5 +197,6 @@ ROUTES = [
         answer=Event,
         content="application/x-ndjson",
         stream=True,
+        refusals=(503,),
     ),
 ]

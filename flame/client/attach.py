@@ -17,7 +17,7 @@ from flame.client.client import Client
 from flame.client.config import Settings, data_dir
 from flame.client.follow import Backoff
 from flame.client.local import PrivateServer, address, running
-from flame.errors import ServerUnreachable
+from flame.errors import ServerError, ServerUnreachable
 
 _PATIENCE = 30.0  # seconds for another server to finish starting or ending
 
@@ -55,7 +55,7 @@ async def attached(
                 await stack.enter_async_context(client)
                 await stack.enter_async_context(client.attach())
                 break
-            except ServerUnreachable as error:
+            except (ServerError, ServerUnreachable) as error:
                 if _locked(folder):  # another one is about to start, or to end
                     await backoff.failed(error)
                     private = None

@@ -105,7 +105,8 @@ class Connection:
 
     async def __aenter__(self) -> Connection:
         try:
-            if self.server is None:  # also one that runs already: it may be the private one of somebody who is about to leave
+            if self.server is None:
+                # To be attached also keeps a server that runs already, which may be the private one of somebody about to leave.
                 from flame.client.attach import attached
 
                 client = await self._stack.enter_async_context(attached(config.data_dir(), token=self._token))

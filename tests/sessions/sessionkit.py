@@ -82,6 +82,20 @@ class NeverEnters:
         raise AssertionError
 
 
+class EntersSlowly:
+    """Takes its time to load something; a task takes as long as it says."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_session_enter(self, ctx: Any) -> None:
+        time.sleep(self.seconds)
+
+    def on_task_invoke(self, ctx: Any, task: Any) -> Any:
+        time.sleep(task.input)
+        return task.input
+
+
 class Sums:
     """Adds what it is given to an array that all tasks share."""
 

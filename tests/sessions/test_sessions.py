@@ -100,6 +100,15 @@ async def test_a_task_that_runs_too_long_fails_and_the_next_one_runs(served: Any
         assert await quick == str(tmp_path)
 
 
+async def test_what_an_executor_takes_to_be_bound_is_not_counted_as_its_first_tasks_time(served: Any) -> None:
+    async with served.open(
+        sessionkit.EntersSlowly, arguments={"seconds": 1.0}, max_instances=1, timeout=0.5
+    ) as session:
+        assert await session.invoke(0.0) == 0.0
+        with pytest.raises(TaskFailed, match=r"TimeoutError: The task ran for more than 0\.5 s"):
+            await session.invoke(60.0)
+
+
 async def test_waiting_tasks_can_be_cancelled_and_the_running_one_only_by_force(served: Any, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     async with served.open(sessionkit.wait_for, max_instances=1) as session:

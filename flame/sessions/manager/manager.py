@@ -452,6 +452,7 @@ class Manager:
             if executor.state is ExecutorState.BINDING and live is not None and live.id == message[1]:
                 executor.become(ExecutorState.BOUND)
                 live.failed = live.died = 0
+                self._limit(executor)
                 self._serve(live)
         elif kind == wire.BIND_FAILED:
             self._bind_failed(executor, message[1], message[2])
@@ -525,6 +526,7 @@ class Manager:
         if running is not None and not live.book.claim(executor.id, *running):
             self._lose(executor, "It ran a task that was given to another.")
             return
+        self._limit(executor)
         self._serve(live)
         self._after_work(executor)
 
@@ -580,17 +582,21 @@ class Manager:
                 continue
             executor.never("idle")
             executor.give(works)
-            first = works[0]
-            if first.options.timeout is not None:
-                executor.after(
-                    "expiry",
-                    first.options.timeout,
-                    lambda one=executor, work=first: self._expired(one, work.id),  # type: ignore[misc]
-                )
+            if not have:
+                self._limit(executor)
             if len(works) + have > 1 and "stall" not in executor.timers:
                 executor.after("stall", STALLED, lambda one=executor: self._stalled(one))  # type: ignore[misc]
             if not book.waiting:
                 return
+
+    def _limit(self, executor: Executor) -> None:
+        """See that what an executor runs ends in time. The time of a task begins once its executor is bound."""
+        live = executor.live
+        if live is None or executor.state is not ExecutorState.BOUND:
+            return
+        work = next(iter(live.book.given(executor.id).values()), None)
+        if work is not None and work.options.timeout is not None:
+            executor.after("expiry", work.options.timeout, lambda: self._expired(executor, work.id))
 
     def _stalled(self, executor: Executor) -> None:
         """An executor with tasks ahead has said nothing for a while: perhaps its task is a long one."""
