@@ -13,12 +13,18 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import hypothesis
 import psutil
 import pytest
 
 ENGINES = Path(__file__).parents[2] / "shared" / "engines"
 HOME = Path(os.environ.get("ENGINES_HOME") or Path.home() / ".cache" / "flame-engines")
 NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
+
+
+# How long an example takes is the machine's affair; what hangs is ended by the timeout of its test.
+hypothesis.settings.register_profile("flame", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("flame")
 
 
 def free_port() -> int:
