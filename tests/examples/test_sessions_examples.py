@@ -14,6 +14,7 @@ import pytest
 
 from flame.client import Client
 from flame.serve import ServeSettings, serve
+from flame.spec.sessions import Application, SessionForm
 
 ROOT = Path(__file__).parents[2] / "examples" / "sessions"
 
@@ -109,3 +110,10 @@ def test_the_sweeps_table_is_what_its_trainings_reach_when_they_run_here(tmp_pat
     ]
     assert float(mean) == pytest.approx(np.mean(reached), abs=0.005)  # a sum's order may differ, and with it a picture
     assert float(sd) == pytest.approx(np.std(reached, ddof=1), abs=0.005)
+
+
+def test_the_page_names_every_option_of_a_session():
+    page = (ROOT.parents[1] / "docs" / "sessions.md").read_text()
+    options = set(SessionForm.__struct_fields__) | set(Application.__struct_fields__)
+    said = options - {"app", "application", "common", "common_digest", "entry", "name"}
+    assert [option for option in sorted(said) if f"`{option}`" not in page] == []
