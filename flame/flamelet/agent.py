@@ -256,7 +256,10 @@ class Agent:
         upload.add_done_callback(self._uploads.discard)
 
     async def _keep(self, child: Child, number: int, path: Path) -> None:
-        """Hand a checkpoint to the server and tell the child. A server on this machine is told where it lies."""
+        """Hand a checkpoint to the server and tell the child. A server on this machine is told where it lies.
+
+        What was reported before goes first: a successor goes on behind the checkpoint's round, and reports none of the rounds before it.
+        """
         url = f"{self._url}/checkpoints/{number}"
 
         async def put() -> None:
@@ -266,6 +269,7 @@ class Agent:
                 await self._session.call("PUT", url, query=self._query, data=file)
 
         try:
+            await self._outbox.delivered()
             await insist(put, patience=self._patience)
             path.unlink(missing_ok=True)
             child.send({"type": "artifact", "name": path.name, "path": url})

@@ -38,6 +38,8 @@ class Outbox:
         self._patience = patience
         self._pending: deque[Report] = deque()
         self._last = 0
+        self._put = 0
+        self._moved = asyncio.Event()
         self._news = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -45,6 +47,7 @@ class Outbox:
     def put(self, type: str, data: dict[str, Any]) -> None:
         """Add a report; see :class:`flame.spec.records.Report` for types and data."""
         self._last += 1
+        self._put += 1
         self._pending.append(Report(seq=self._last, type=type, data=data))
         self._empty.clear()
         self._news.set()
@@ -52,6 +55,12 @@ class Outbox:
     async def flush(self) -> None:
         """Wait until the server has everything."""
         await self._empty.wait()
+
+    async def delivered(self) -> None:
+        """Wait until the server has what was put in so far, whatever is put in meanwhile."""
+        mark = self._put
+        while self._put - len(self._pending) < mark:
+            await self._moved.wait()
 
     async def run(self) -> None:
         """Deliver, forever.
@@ -63,6 +72,8 @@ class Outbox:
             self._news.clear()
             while self._pending:
                 self._settle(await insist(self._send, patience=self._patience))
+                self._moved.set()
+                self._moved = asyncio.Event()
             self._empty.set()
 
     async def _send(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
@@ -69,6 +70,8 @@ class FakeServer:
         self.log = b""
         self.log_at_end: bytes | None = None
         self.artifacts: dict[str, bytes] = {}
+        self.checkpoints: dict[int, int] = {}  # how many rounds had been reported when each one came
+        self.slow_reports = False  # let checkpoints pass if they do
         self.leases = 0
         self.lease_seconds = 60.0
         self.refusal: tuple[int, str] | None = None
@@ -95,6 +98,7 @@ class FakeServer:
                 web.post(f"{task}/reports", self._post_reports),
                 web.post(f"{task}/log", self._post_log),
                 web.put(f"{task}/artifacts/{{name:.+}}", self._put_artifact),
+                web.post(f"{task}/checkpoints/{{round}}", self._post_checkpoint),
                 web.post(f"{task}/lease", self._post_lease),
             ]
         )
@@ -165,6 +169,10 @@ class FakeServer:
         return web.Response(body=self.code)
 
     async def _post_reports(self, request: web.Request) -> web.Response:
+        if self.slow_reports:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.3), self._changed:
+                    await self._changed.wait_for(lambda: self.checkpoints)
         async with self._changed:
             for report in await request.json():
                 if report["seq"] > self.acked:
@@ -191,6 +199,13 @@ class FakeServer:
             return web.json_response(error, status=409)
         self.artifacts[name] = await request.read()
         return web.json_response({"path": f"/kept/{name}"})
+
+    async def _post_checkpoint(self, request: web.Request) -> web.Response:
+        async with self._changed:
+            rounds = sum(report["type"] == "round" for report in self.reports)
+            self.checkpoints[int(request.match_info["round"])] = rounds
+            self._changed.notify_all()
+        return web.json_response({"kept": True})
 
     async def _post_lease(self, _: web.Request) -> web.Response:
         async with self._changed:

@@ -419,6 +419,25 @@ async def test_an_artifact_waits_for_the_server_to_come_back(start: Any, tmp_pat
     assert server.artifacts == {"model.bin": b"x" * 3_000_000}
 
 
+async def test_a_checkpoint_is_handed_in_after_the_rounds_that_it_stands_for(start: Any) -> None:
+    """Whoever goes on from it reports none of them again."""
+    main = (
+        LINK
+        + """
+    for number in range(1, 6):
+        say(type="round", round=number, metrics={}, seconds=0.1)
+    path = os.path.abspath("checkpoint-5.safetensors")
+    open(path, "w").close()
+    say(type="checkpoint", round=5, path=path)
+    print(hear()["name"])
+"""
+    )
+    server, worker = await start(main)
+    server.slow_reports = True
+    assert await worker.exit() == 0
+    assert server.checkpoints == {5: 5}
+
+
 async def test_a_refused_artifact_is_told_to_the_child(start: Any) -> None:
     server, worker = await start(HANDS_IN)
     server.refuse_artifacts = True

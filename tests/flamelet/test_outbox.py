@@ -94,3 +94,18 @@ async def test_a_refusal_ends_the_delivery() -> None:
 
     with pytest.raises(Forbidden):
         await deliver(Fenced([]), 1)
+
+
+async def test_one_can_wait_for_what_was_said_so_far() -> None:
+    server = Server([])
+    outbox = Outbox(server, "/reports", {}, patience=60.0)  # type: ignore[arg-type]
+    await outbox.delivered()
+    running = asyncio.create_task(outbox.run())
+    for i in range(3):
+        outbox.put("round", {"i": i})
+    waiting = asyncio.create_task(outbox.delivered())
+    while not waiting.done():
+        await asyncio.sleep(0)
+        outbox.put("metrics", {"i": server.requests + 100})  # it never becomes empty
+    assert server.kept[:3] == [0, 1, 2]
+    running.cancel()
