@@ -115,11 +115,13 @@ class Server:
 class Running:
     """A server that somebody else has started, in this machine's data directory; it is started again as it was.
 
+    :param data_dir: its data directory.
     :ivar url: where it listens.
     """
 
-    def __init__(self, url: str, pid: int) -> None:
+    def __init__(self, data_dir: Path, url: str, pid: int) -> None:
         process = psutil.Process(pid)
+        self._data_dir = data_dir
         self.url = url
         self.pid = pid
         self._command = process.cmdline()
@@ -135,10 +137,8 @@ class Running:
 
     async def start(self) -> None:
         """Start it again, in the background, unless whoever minds it has done so; wait until it serves."""
-        port = self.url.rpartition(":")[2]
-        command = [*self._command, "--port", port] if "--port" not in self._command else self._command
-        process = subprocess.Popen(  # noqa: ASYNC220
-            command,
+        subprocess.Popen(  # noqa: ASYNC220
+            self._command,
             cwd=self._folder,
             env=self._environment,
             stdin=subprocess.DEVNULL,
@@ -148,4 +148,4 @@ class Running:
         )
         async with asyncio.timeout(_PATIENCE), Client(self.url) as client:
             await insist(client.info)
-        self.pid = process.pid
+        _, self.pid = address((self._data_dir / "server.json").read_bytes())

@@ -204,7 +204,7 @@ def _running_here() -> tuple[Running, Path]:
             "Start it with FLAME_CHAOS=FOLDER in its environment, or give the job's files instead of its id."
         )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return Running(url, pid), Path(folder)
+    return Running(data_dir(), url, pid), Path(folder)
 
 
 def _models(job: Job) -> dict[str, bytes]:

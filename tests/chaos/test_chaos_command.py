@@ -1,12 +1,17 @@
 """``flame chaos``: what it does to a job, what it says of it, and how it ends."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from flame.chaos.server import Server
+from flame.client.local import address
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
 from survivalkit import central
@@ -68,6 +73,29 @@ def test_what_cannot_be_done_is_said_before_anything_runs(job, tmp_path, words, 
     assert done.returncode in (1, 2)
     assert says in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_of_a_running_server_is_disturbed_and_the_server_is_started_again_as_it_was(job, tmp_path):
+    server = Server(
+        tmp_path / "data", {"FLAME_CHAOS": str(tmp_path / "points"), "FLAME_CONFIG": str(tmp_path / "none.yaml")}
+    )
+    asyncio.run(server.start())
+    try:
+        created = flame(tmp_path, "job", "create", str(job), "-o", "json")
+        assert created.returncode == 0, created.stderr
+        words = ["--kill", "server@train=2", "--kill", "flamelet@aggregate=3", "-o", "json"]
+        done = flame(tmp_path, "chaos", json.loads(created.stdout)["id"], *words)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert [deed["done"] for deed in told["deeds"]] == [True, True], told
+        assert told["rounds"] == 5
+        url, pid = address((tmp_path / "data" / "server.json").read_bytes())
+        assert (url, pid != server.pid) == (server.url, True)
+    finally:
+        again = psutil.Process(address((tmp_path / "data" / "server.json").read_bytes())[1])
+        again.terminate()
+        again.wait(30)
+        server.kill()  # it has been; this is what waits for it
 
 
 def test_a_job_by_its_id_needs_a_server_here(tmp_path):
