@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from flame.client import Client
+from flame.spec.sessions import SessionForm
 
 pytestmark = pytest.mark.usefixtures("server")
 
@@ -90,3 +94,41 @@ def test_ping_says_how_long_all_took(flame: Any) -> None:
     assert lines[2] == ["Total", "Succeed", "Failed", "Pending", "Running"]
     assert lines[-2] == ["20", "20", "0", "0", "0"]
     assert lines[-1][0] == "Done"
+
+
+async def test_a_session_is_watched_and_closed_from_outside(flame: Any, code: str, server: Any, tmp_path: Path) -> None:
+    from flame.sessions import connect
+
+    gate = tmp_path / "gate"
+    made = flame.json("app", "create", "waiter", "--code", code, "--entry", "sums:wait_for")
+    async with Client(server.url) as client, connect(server.url) as connection:
+        record = await client.sessions.open(SessionForm(id="mine", app=made["id"], max_instances=1))
+        session = connection.join(record.id)
+        await session.__aenter__()
+        futures = session.submit_many([str(gate), str(gate)])
+        await session.accepted()
+        async for counts in session.watch():
+            if counts.running == 1:
+                break
+        assert "1 running" in flame("session", "get", "mine")
+        assert flame.json("session", "get", "mine")["counts"]["pending"] == 1
+        assert "runs a task" in flame.refused("session", "close", "mine")
+        with flame.begin("session", "watch", "mine") as watching:
+            head, now = watching.stdout.readline().split(), watching.stdout.readline().split()
+            assert head == ["Total", "Succeed", "Failed", "Pending", "Running"]
+            assert now == ["2", "0", "0", "1", "1"]
+            (closed,) = flame.json("session", "close", "--force", "mine")
+            out, _ = watching.communicate(timeout=60)
+        assert (watching.returncode, out.splitlines()[-1].split()[:2]) == (0, ["2", "0"])
+        assert closed["state"] == "closed"
+        assert flame.json("session", "list", "--state", "open") == []
+        assert "no session" in flame.refused("session", "get", "other").lower()
+        for future in futures:
+            assert isinstance(await _end(future), Exception)
+
+
+async def _end(future: Any) -> Any:
+    try:
+        return await future
+    except Exception as error:
+        return error

@@ -582,6 +582,7 @@ class Manager:
                 continue
             executor.never("idle")
             executor.give(works)
+            live.changed()
             if not have:
                 self._limit(executor)
             if len(works) + have > 1 and "stall" not in executor.timers:
