@@ -147,16 +147,25 @@ class ServerLock:
         async with self._renewing:
             if self.lost.is_set():
                 raise self._failure()
-            begin = time.monotonic()
             if self._until > asked + _MAY_WRITE * self._takeover * 0.9:
                 return  # somebody has just done it while we waited
             assert self._term is not None
-            mine = await self._change(beats=self._term.body["beats"] + 1)
-            newest = await self._newest()
-            if not mine or newest is None or newest.id != self._term.id:
-                self._successor = _describe(newest) if newest is not None else "another server"
-                self.lost.set()
-                raise self._failure()
+            while True:
+                begin = time.monotonic()
+                mine = await self._change(beats=self._term.body["beats"] + 1)
+                newest = await self._newest()
+                if newest is None or newest.id != self._term.id:
+                    self._successor = _describe(newest) if newest is not None else "another server"
+                    self.lost.set()
+                    raise self._failure()
+                if mine:
+                    break
+                # Nobody else changes our term: this is an earlier change of ours of which we have never heard that it took place, because
+                # the database stood still, or one that is still under way there.
+                self._term = newest
+                if begin > asked + _MAY_WRITE * self._takeover:
+                    raise StoreError("The database does not take the renewal of this server's term.")
+                await asyncio.sleep(self._takeover / 40)
             self._until = begin + _MAY_WRITE * self._takeover
 
     async def _change(self, **fields: Any) -> bool:

@@ -30,6 +30,8 @@ class Line(Store):
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("insert", "get", "replace", "delete", "find"):
+            if name in object.__getattribute__(self, "__dict__"):
+                return object.__getattribute__(self, name)
             store, cut = object.__getattribute__(self, "store"), object.__getattribute__(self, "cut")
 
             async def call(*args: Any, **kwargs: Any) -> Any:
@@ -178,6 +180,31 @@ async def test_a_renewal_keeps_the_lock_over_many_terms(make: Make) -> None:
         await lock.hold()
     assert not watcher.done()
     await cancelled(watcher)
+
+
+async def test_a_renewal_of_which_the_answer_was_lost_is_no_other_server(make: Make) -> None:
+    """A database that stood still for a moment has taken what its client gave up."""
+    lock = make("a")
+    await lock.take(wait=False)
+    line = lock._store
+    replace, lost = line.replace, []
+
+    async def answer_lost(*args: Any, **kwargs: Any) -> Any:
+        done = await replace(*args, **kwargs)
+        if not lost:
+            lost.append(done)
+            raise StoreError("The database does not answer.")
+        return done
+
+    line.replace = answer_lost  # type: ignore[method-assign]
+    lock._until = 0.0
+    with pytest.raises(StoreError, match="does not answer"):
+        await lock._renew()
+    assert lost
+    await lock.hold()
+    assert not lock.lost.is_set()
+    with pytest.raises(Conflict):
+        await make("b").take(wait=False)
 
 
 async def test_a_standby_outlasts_a_database_that_is_away(make: Make) -> None:
