@@ -154,7 +154,7 @@ async def _serve(settings: ServeSettings, data_dir: Path) -> int:
                 retention = Retention(server.controller, settings.keep_jobs, settings.keep_size)
                 server.controller.context.background.spawn(retention.run())
             if settings.keep_jobs is not None:
-                server.controller.context.background.spawn(server.api.sessions.retire(settings.keep_jobs))
+                server.controller.context.background.spawn(server.api.sessions.register.retire(settings.keep_jobs))
             await _first(stopping.wait(), server.lost(), _drained(server.controller, draining))
             if not stopping.is_set() and not server.controller.drained.is_set():
                 raise StoreError("Another server has taken over the database; this one ends. Its workers go on.")

@@ -92,8 +92,8 @@ async def connect_client(call: Call[None, NewQuery]) -> web.StreamResponse:
 
 async def connect_executor(call: Call[None, AttemptQuery]) -> web.StreamResponse:
     """Be an executor's connection."""
-    executor = call.api.sessions.connected(call.path("id"), call.query.attempt, bearer(call.request))
-    return await _take_over(call.request, call.api.sessions.attach(executor))
+    executor = call.api.sessions.door.connected(call.path("id"), call.query.attempt, bearer(call.request))
+    return await _take_over(call.request, call.api.sessions.door.attach(executor))
 
 
 async def create_app(call: Call[Application, NewQuery]) -> AppRecord:
@@ -118,12 +118,12 @@ async def update_app(call: Call[Application, NoQuery]) -> AppRecord:
 
 async def delete_app(call: Call[None, NoQuery]) -> None:
     """Remove an application."""
-    await call.api.sessions.delete_app(call.path("id"))
+    await call.api.sessions.register.delete_app(call.path("id"))
 
 
 async def create(call: Call[SessionForm, NewQuery]) -> SessionRecord:
     """Open a session."""
-    live = await call.api.sessions.open_session(
+    live = await call.api.sessions.register.open(
         call.body, project=call.project, owner=call.principal.name, sees=call.sees
     )
     return live.view()
@@ -131,26 +131,26 @@ async def create(call: Call[SessionForm, NewQuery]) -> SessionRecord:
 
 async def find(call: Call[None, SessionsQuery]) -> Page[SessionRecord]:
     """List sessions."""
-    read = partial(call.api.sessions.sessions, call.query.state)
+    read = partial(call.api.sessions.register.find, call.query.state)
     return await page(read, call.query, lambda session: session.id, call.sees)
 
 
 async def get(call: Call[None, NoQuery]) -> SessionRecord:
     """Give a session."""
-    return await call.api.sessions.session(call.path("id"))
+    return await call.api.sessions.register.get(call.path("id"))
 
 
 async def tasks(call: Call[None, TasksQuery]) -> Page[WorkRecord]:
     """List a session's tasks."""
     query = call.query
-    found = await call.api.sessions.tasks(call.path("id"), query.after, query.limit + 1, query.state)
+    found = await call.api.sessions.tasks.find(call.path("id"), query.after, query.limit + 1, query.state)
     more = len(found) > query.limit
     return Page(items=found[: query.limit], next=str(found[query.limit - 1].id) if more else None)
 
 
 async def put_object(call: Call[Any, NoQuery]) -> None:
     """Take in an object."""
-    await call.api.sessions.put_object(call.path("id"), call.path("digest"), call.request.content.iter_any())
+    await call.api.sessions.register.bring(call.path("id"), call.path("digest"), call.request.content.iter_any())
 
 
 async def get_object(call: Call[None, NoQuery]) -> web.StreamResponse:
@@ -160,13 +160,15 @@ async def get_object(call: Call[None, NoQuery]) -> web.StreamResponse:
 
 async def put_object_of_executor(call: Call[Any, AttemptQuery]) -> None:
     """Take in an object that a task has made."""
-    session = call.api.sessions.session_of(call.path("id"), call.query.attempt, bearer(call.request))
-    await call.api.sessions.put_object(session, call.path("digest"), call.request.content.iter_any())
+    session = call.api.sessions.door.session_of(call.path("id"), call.query.attempt, bearer(call.request))
+    await call.api.sessions.register.bring(session, call.path("digest"), call.request.content.iter_any())
 
 
 async def get_object_of_executor(call: Call[None, AttemptQuery]) -> web.StreamResponse:
     """Give an object to an executor that serves its session."""
-    return await _object(call, call.api.sessions.session_of(call.path("id"), call.query.attempt, bearer(call.request)))
+    return await _object(
+        call, call.api.sessions.door.session_of(call.path("id"), call.query.attempt, bearer(call.request))
+    )
 
 
 async def _object(call: Call[None, Any], session: str) -> web.StreamResponse:
@@ -176,29 +178,29 @@ async def _object(call: Call[None, Any], session: str) -> web.StreamResponse:
 
 async def close(call: Call[None, CloseQuery]) -> SessionRecord:
     """Close a session."""
-    return await call.api.sessions.close_session(call.path("id"), force=call.query.force)
+    return await call.api.sessions.register.close(call.path("id"), force=call.query.force)
 
 
 async def delete(call: Call[None, NoQuery]) -> None:
     """Remove a closed session."""
-    await call.api.sessions.delete_session(call.path("id"))
+    await call.api.sessions.register.delete(call.path("id"))
 
 
 async def watch(call: Call[None, NoQuery]) -> web.StreamResponse:
     """Stream a session's counts."""
-    record = await call.api.sessions.session(call.path("id"))
+    record = await call.api.sessions.register.get(call.path("id"))
     return await answers.events(call.request, _counts(call, record))
 
 
 async def _counts(call: Call[Any, Any], record: SessionRecord) -> AsyncGenerator[Sequence[Event], None]:
     number = 1
-    live = call.api.sessions.live(record.id)
+    live = call.api.sessions.register.live(record.id)
     changed = asyncio.Event()
     unwatch = live.watch(changed.set) if live is not None else None
     try:
         while True:
             changed.clear()
-            record = await call.api.sessions.session(record.id)
+            record = await call.api.sessions.register.get(record.id)
             data = {"state": record.state.value, **msgspec.to_builtins(record.counts)}
             yield [Event(seq=number, time=time.time(), type="counts", data=data)]
             if record.state is SessionState.CLOSED:

@@ -127,4 +127,5 @@ def actor(
     own = form.application
     assert own is not None
     host = msgspec.structs.replace(own, entry=_HOST, arguments={"entry": own.entry, "restart": restart})
-    return Actor(Session(connection, msgspec.structs.replace(form, application=host), bundles, common), cls)
+    form = msgspec.structs.replace(form, application=host)
+    return Actor(Session(connection or Connection(), form, bundles, common, own=connection is None), cls)

@@ -118,7 +118,7 @@ class World:
         sessions = self.served.server.api.sessions
         application = Application(name=f"{project} app", entry="json:dumps")
         app = await sessions.apps.create(application, project=project, owner=user)
-        session = await sessions.open_session(
+        session = await sessions.register.open(
             SessionForm(application=application), project=project, owner=user, sees=lambda _: True
         )
         self.things[project] = {

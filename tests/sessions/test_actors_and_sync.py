@@ -119,5 +119,5 @@ async def test_an_error_in_the_context_cancels_what_waits(served: Any, tmp_path:
 
     with pytest.raises(KeyError, match="mine"):
         await asyncio.to_thread(script)
-    (record,) = await served.manager.sessions(None, None, 10)
+    (record,) = await served.manager.register.find(None, None, 10)
     assert record.state == "closed"

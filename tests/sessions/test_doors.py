@@ -101,7 +101,7 @@ async def test_an_executor_needs_its_own_key_and_one_that_was_given_up_stays_out
     manager = served.manager
     async with served.open(sessionkit.square, max_instances=1) as session:
         await session.invoke(1)
-        (name,) = manager.live(session.id).executors
+        (name,) = manager.register.live(session.id).executors
         keys = manager.context.keys
 
         def knock(executor: str, key: str, attempt: int = 1) -> int:

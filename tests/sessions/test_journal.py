@@ -150,6 +150,6 @@ async def test_the_server_sums_up_a_long_session(served: Any, monkeypatch: pytes
         for number, data in records:
             past.add(number, data)
         assert (past.next, past.ended[0]) == (101, 100)
-        found = await served.manager.tasks(session.id, 0, 1000)
+        found = await served.manager.tasks.find(session.id, 0, 1000)
         assert found[-1].id == 100
         assert len(found) < 100

@@ -35,7 +35,7 @@ async def test_tasks_are_answered_in_whatever_way_they_are_handed_in(served: Any
         futures = session.submit_many(range(20))
         done = [future async for future in session.as_completed(futures)]
         assert {id(future) for future in done} == {id(future) for future in futures}
-    record = await served.manager.session(session.id)
+    record = await served.manager.register.get(session.id)
     assert record.state == "closed"
     assert (record.counts.total, record.counts.succeed) == (622, 622)
 
@@ -48,7 +48,7 @@ async def test_a_failed_task_says_type_message_and_trace_and_the_session_goes_on
         assert "sessionkit.py" in caught.value.trace
         with pytest.raises(TaskFailed, match="no 8"):
             await session.invoke(8)
-        (first, second) = await served.manager.tasks(session.id, 0, 10)
+        (first, second) = await served.manager.tasks.find(session.id, 0, 10)
         assert (first.state, first.failure.message, second.id) == ("failed", "no 7", 2)
 
 
@@ -113,14 +113,14 @@ async def test_waiting_tasks_can_be_cancelled_and_the_running_one_only_by_force(
     gate = tmp_path / "gate"
     async with served.open(sessionkit.wait_for, max_instances=1) as session:
         first, second, third = session.submit_many([str(gate), str(tmp_path), str(tmp_path)])
-        await until(lambda: served.manager.live(session.id).counts.running == 1)
+        await until(lambda: served.manager.register.live(session.id).counts.running == 1)
         assert await session.cancel(first, second) == [second]
         with pytest.raises(TaskCancelled):
             await second
         gate.touch()
         assert await asyncio.gather(first, third) == [str(gate), str(tmp_path)]
         stuck = session.submit(str(tmp_path / "never"))
-        await until(lambda: served.manager.live(session.id).counts.running == 1)
+        await until(lambda: served.manager.register.live(session.id).counts.running == 1)
         assert await session.cancel(stuck, force=True) == [stuck]
         with pytest.raises(TaskCancelled):
             await stuck
@@ -130,7 +130,7 @@ async def test_waiting_tasks_can_be_cancelled_and_the_running_one_only_by_force(
 async def test_closing_is_refused_while_a_task_runs_and_cancels_what_waits(served: Any, tmp_path: Path) -> None:
     async with served.open(sessionkit.wait_for, max_instances=1) as session:
         first, second = session.submit_many([str(tmp_path / "gate"), str(tmp_path)])
-        await until(lambda: served.manager.live(session.id).counts.running == 1)
+        await until(lambda: served.manager.register.live(session.id).counts.running == 1)
         with pytest.raises(Conflict, match="runs a task"):
             await session.close()
         await session.close(force=True)
@@ -138,7 +138,7 @@ async def test_closing_is_refused_while_a_task_runs_and_cancels_what_waits(serve
             with pytest.raises(TaskCancelled):
                 await future
         await session.close(force=True)
-    assert (await served.manager.session(session.id)).counts.cancelled == 2
+    assert (await served.manager.register.get(session.id)).counts.cancelled == 2
 
 
 async def test_opening_an_id_again_gives_the_same_session_or_says_what_differs(served: Any) -> None:
@@ -166,7 +166,7 @@ async def test_a_session_whose_executors_cannot_be_bound_says_why(served: Any) -
     async with served.open(sessionkit.NeverEnters, max_instances=1) as session:
         with pytest.raises(TaskFailed, match="on_session_enter failed: ConnectionError: the database is away"):
             await session.invoke(1)
-        record = await served.manager.session(session.id)
+        record = await served.manager.register.get(session.id)
         assert record.reason is not None
         assert "5 times in a row" in record.reason
         with pytest.raises(TaskFailed, match="SessionFailed"):
@@ -192,7 +192,7 @@ async def test_an_idle_executor_is_kept_for_the_delay_and_then_let_go(served: An
 
 async def test_the_least_number_of_executors_is_there_without_tasks_and_stays(served: Any) -> None:
     async with served.open(sessionkit.pid, min_instances=2, max_instances=3, delay_release=0.05) as session:
-        live = served.manager.live(session.id)
+        live = served.manager.register.live(session.id)
         await until(lambda: [one.state for one in live.executors.values()] == ["bound", "bound"])
         pids = {await session.invoke(0) for _ in range(10)}
         await asyncio.sleep(0.2)  # longer than the delay: what should not happen has had its time
@@ -203,7 +203,7 @@ async def test_the_least_number_of_executors_is_there_without_tasks_and_stays(se
 async def test_a_lost_executor_loses_no_task_and_one_that_kills_all_is_given_up(served: Any, tmp_path: Path) -> None:
     async with served.open(sessionkit.die, max_instances=1) as session:
         assert await session.invoke(str(tmp_path / "once")) == "alive"
-        assert (await served.manager.tasks(session.id, 0, 10))[0].attempt == 2
+        assert (await served.manager.tasks.find(session.id, 0, 10))[0].attempt == 2
     async with served.open(sessionkit.die_always, max_instances=1) as session:
         with pytest.raises(TaskFailed, match=r"ExecutorLost.*SIGKILL"):
             await session.invoke(0)
@@ -212,7 +212,7 @@ async def test_a_lost_executor_loses_no_task_and_one_that_kills_all_is_given_up(
 async def test_a_group_works_together_or_not_at_all(served: Any, tmp_path: Path) -> None:
     gate = str(tmp_path / "gate")
     async with served.open(sessionkit.wait_for, batch_size=2, max_instances=2) as session:
-        live = served.manager.live(session.id)
+        live = served.manager.register.live(session.id)
         futures = session.submit_many([gate, gate])
         await until(lambda: live.counts.running == 2)
         Path(gate).touch()
@@ -221,7 +221,7 @@ async def test_a_group_works_together_or_not_at_all(served: Any, tmp_path: Path)
         future = session.submit(1)
         await session.accepted()
         await asyncio.sleep(0.2)  # long enough for it to start what it should not
-        assert not served.manager.live(session.id).executors
+        assert not served.manager.register.live(session.id).executors
         assert await session.cancel(future) == [future]
 
 
@@ -258,20 +258,20 @@ async def test_a_closed_session_can_be_removed_and_its_code_goes_with_the_last_t
     async with served.open(sessionkit.square, max_instances=1) as session:
         assert await session.invoke(2) == 4
         with pytest.raises(Conflict, match="is open"):
-            await manager.delete_session(session.id)
-    code = (await manager.session(session.id)).code
+            await manager.register.delete(session.id)
+    code = (await manager.register.get(session.id)).code
     app = await manager.apps.create(
         flame.spec.sessions.Application(name="squares", entry="sessionkit:square", code=code),
         project="default",
         owner="local",
     )
-    assert await manager.sweep(0.0) == []
-    assert await manager.sweep(1e12) == [session.id]
+    assert await manager.register.sweep(0.0) == []
+    assert await manager.register.sweep(1e12) == [session.id]
     with pytest.raises(NotFound):
-        await manager.session(session.id)
+        await manager.register.get(session.id)
     assert await manager.context.store.recall(f"session/{session.id}") == []
     assert await manager.context.bundles.get(code) is not None
-    await manager.delete_app(app.id)
+    await manager.register.delete_app(app.id)
     assert await manager.context.bundles.get(code) is None
 
 
@@ -284,7 +284,7 @@ async def test_a_long_task_among_short_ones_holds_nothing_up(served: Any, tmp_pa
         async with asyncio.timeout(20):
             await asyncio.gather(*short)
         assert not long.done()
-        assert served.manager.live(session.id).counts.running == 1
+        assert served.manager.register.live(session.id).counts.running == 1
         Path(gate).touch()
         assert await long == gate
 
@@ -297,7 +297,7 @@ async def test_sessions_share_by_weight_and_a_late_one_gets_its_share_between_tw
     ):
 
         def held() -> list[int]:
-            return [served.manager.live(session.id).held for session in (one, three, urgent)]
+            return [served.manager.register.live(session.id).held for session in (one, three, urgent)]
 
         futures = one.submit_many([0.01] * 600)
         await until(lambda: held() == [4, 0, 0])
@@ -310,4 +310,4 @@ async def test_sessions_share_by_weight_and_a_late_one_gets_its_share_between_tw
         await until(lambda: held()[:2] == [1, 3])
         await asyncio.gather(*futures)
     for session in (one, three, urgent):
-        assert (await served.manager.session(session.id)).counts.failed == 0
+        assert (await served.manager.register.get(session.id)).counts.failed == 0

@@ -64,7 +64,7 @@ class Client:
         elif kind == wire.ACK:
             channel = self._channels.get(message[1])
             if channel is not None:
-                self._manager.acknowledge(channel.live, channel.client, message[2])
+                self._manager.tasks.acknowledge(channel.live, channel.client, message[2])
         elif kind == wire.OPEN:
             self._spawn(message[1], self._open(*message[1:]))
         elif kind == wire.CODE:
@@ -76,7 +76,7 @@ class Client:
         elif kind == wire.CANCEL:
             _, number, request, numbers, force = message
             channel = self._channels[number]
-            taken = self._manager.cancel(channel.live, channel.client, numbers, force=force)
+            taken = self._manager.tasks.cancel(channel.live, channel.client, numbers, force=force)
             self.link.send(wire.CANCELLED, number, request, taken)
         elif kind == wire.WATCH:
             self._watch(message[1], self._channels[message[1]])
@@ -91,11 +91,11 @@ class Client:
             await asyncio.wait(set(self._uploads))
         if form is not None:
             wanted = shape(form, SessionForm)
-            live = await self._manager.open_session(wanted, project=self._project, owner=self._owner, sees=self._sees)
+            live = await self._manager.register.open(wanted, project=self._project, owner=self._owner, sees=self._sees)
         else:
-            found = self._manager.live(session or "")
+            found = self._manager.register.live(session or "")
             if found is None or not self._sees(found.saved.record):
-                record = await self._manager.session(session or "")
+                record = await self._manager.register.get(session or "")
                 if not self._sees(record):
                     raise NotFound(f"There is no session {session!r}.")
                 raise Forbidden(f"Session {session} is closed.")
@@ -118,14 +118,14 @@ class Client:
                 chosen.retries if retries is None else int(retries),
             )
         try:
-            for block in self._manager.submit(channel.live, channel.client, first, payloads, chosen):
+            for block in self._manager.tasks.submit(channel.live, channel.client, first, payloads, chosen):
                 self.link.send(wire.ACCEPTED, number, *block)
         except FlameError as error:
             self._refuse(number, error)
 
     async def _close(self, number: int, force: bool) -> None:
         channel = self._channels[number]
-        await self._manager.close_session(channel.live.id, force=force)
+        await self._manager.register.close(channel.live.id, force=force)
         self.link.send(wire.CLOSED, number)
 
     def _watch(self, number: int, channel: _Channel) -> None:

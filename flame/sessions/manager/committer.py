@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flame.errors import StoreError
 from flame.sessions import wire
+from flame.sessions.lifecycle import End
 from flame.sessions.manager import journal
 from flame.sessions.manager.live import Live
 from flame.store import Store
@@ -45,6 +46,13 @@ class Committer:
             self._then.append(then)
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write())
+
+    def ended(self, live: Live, ends: Iterable[End]) -> None:
+        """Tasks of a session have ended: write it, and then tell their clients."""
+        before = len(live.ends)
+        live.ends.extend(ends)
+        if len(live.ends) != before or live.entries:
+            self.touch(live)
 
     async def settled(self) -> None:
         """Wait until all is written that there is to write now."""

@@ -15,7 +15,7 @@ from flame.sessions.lifecycle import Book, End, Options, Work
 from flame.sessions.manager import journal
 from flame.sessions.manager.journal import Keeper, Member
 from flame.sessions.scheduler import Need
-from flame.spec.sessions import Counts, SessionRecord
+from flame.spec.sessions import Counts, SessionRecord, WorkFailure
 
 if TYPE_CHECKING:
     from flame.sessions.manager.executors import Executor
@@ -215,3 +215,8 @@ def key_of(record: SessionRecord) -> str:
         record.form.slots,
     )
     return hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]
+
+
+def failure(kind: str, message: str) -> bytes:
+    """Why a task has failed, where it is not its own exception: what its client gets."""
+    return msgspec.msgpack.encode(WorkFailure(type=kind, message=message))

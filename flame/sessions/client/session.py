@@ -1,4 +1,4 @@
-"""The client of elastic sessions: tasks in, answers out, over one connection for all sessions of a server.
+"""A session as its client has it: tasks in, answers out.
 
 Submitting costs no wait: tasks are numbered here, leave together, and each has a :class:`Future`. What the server has not
 confirmed is kept and sent again when a connection was lost; the server knows numbers that it has seen. An answer that comes twice
@@ -8,45 +8,32 @@ finds its future done. So each task is answered once, whatever happens between.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import logging
 import secrets
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from flame import errors
-from flame.client import config
-from flame.client.http import Session as Http
-from flame.errors import Conflict, FlameError, ServerError, ServerUnreachable, TaskCancelled, TaskFailed, UsageError
-from flame.sessions import dialing, wire
-from flame.sessions.code import gather
-from flame.sessions.link import Link
+from flame.errors import Conflict, FlameError, Forbidden, ServerError, TaskCancelled, TaskFailed
+from flame.sessions import wire
+from flame.sessions.client import refusals, streams
+from flame.sessions.client.describing import Packed
 from flame.sessions.objects import pack, unpack
-from flame.sessions.opening import open_link
 from flame.sessions.payload import Reference, dumps, loads
-from flame.spec.sessions import Application, Counts, SessionForm, WorkFailure
+from flame.spec.sessions import Counts, SessionForm, WorkFailure
 
-log = logging.getLogger("flame.sessions")
+if TYPE_CHECKING:
+    from flame.sessions.client.connection import Connection
 
 #: Tasks, and bytes, that leave in one frame.
 TOGETHER = 2000
 _FRAME = 1 << 20
-#: Bytes of common data up to which they are part of what a session is opened with.
-_INLINE = 64 << 10
-#: Seconds that a server may be away.
-PATIENCE = 120.0
 #: Tasks that :meth:`Session.map` has under way.
 AHEAD = 10_000
 
 Options = tuple[float | None, int | None]
-#: An object, with its bytes in parts.
-Packed = tuple[Reference, list[bytes | memoryview]]
-_ERRORS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, FlameError)}
 
 
 class _Cancel(NamedTuple):
@@ -78,155 +65,29 @@ class Future(asyncio.Future[Any]):
         return self._id
 
 
-class Connection:
-    """A connection to a server, for any number of sessions. An async context manager.
-
-    :param server: its address. None takes ``FLAME_SERVER``, then what is configured, then the server that runs on this machine; where
-        there is none, a private one is started for as long as this lasts.
-    :param token: the token. None takes ``FLAME_TOKEN``, then the configured one.
-    :param patience: seconds for which a server may be away before everything that waits for it fails.
-    :ivar http: requests of the REST API, once it is entered.
-    """
-
-    http: Http
-
-    def __init__(self, server: str | None = None, token: str | None = None, *, patience: float = PATIENCE) -> None:
-        settings = config.resolve(server, token)
-        self.server = settings.server
-        self._token = settings.token
-        self._patience = patience
-        self._stack = contextlib.AsyncExitStack()
-        self._link: Link | None = None
-        self._sessions: dict[int, Session] = {}
-        self._bundles: dict[str, bytes] = {}
-        self._next = 1
-        self._closed = False
-        self._returning: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Connection:
-        try:
-            if self.server is None:
-                # To be attached also keeps a server that runs already, which may be the private one of somebody about to leave.
-                from flame.client.attach import attached
-
-                client = await self._stack.enter_async_context(attached(config.data_dir(), token=self._token))
-                self.server = client.server
-            self._link = await self._dial()
-            self.http = await self._stack.enter_async_context(Http(self.server, self._token))
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """End the connection. Sessions stay as they are."""
-        self._closed = True
-        if self._returning is not None:
-            self._returning.cancel()
-        if self._link is not None:
-            self._link.close()
-        for session in list(self._sessions.values()):
-            session.fail(ServerUnreachable("The connection was closed."))
-        await self._stack.aclose()
-
-    def open(self, app: Any = None, **options: Any) -> Session:
-        """A session on this connection; see :func:`open`."""
-        return Session(self, *describe(app, **options))
-
-    def join(self, id: str) -> Session:
-        """A session that is open already, by its id."""
-        return Session(self, None, {}, id=id)
-
-    # ------------------------------------------------------------------------------------------ for sessions
-
-    def send(self, *message: Any) -> None:
-        """Send a message, if there is a connection; whoever needs it says it again when there is one."""
-        if self._link is not None:
-            self._link.send(*message)
-
-    def add(self, session: Session, bundles: Mapping[str, bytes]) -> int:
-        """A channel for a session."""
-        number, self._next = self._next, self._next + 1
-        self._sessions[number] = session
-        self._bundles.update(bundles)
-        return number
-
-    def remove(self, number: int) -> None:
-        """A channel is not used any more."""
-        self._sessions.pop(number, None)
-
-    # ------------------------------------------------------------------------------------------------ pieces
-
-    async def _dial(self) -> Link:
-        assert self.server is not None
-        link = Link(self._hear, self._lost)
-        try:
-            await open_link(self.server, "/v1/session-link", self._token, link)
-        except dialing.Refused as error:
-            raise _refusal(error) from error
-        return link
-
-    def _hear(self, message: list[Any]) -> None:
-        session = self._sessions.get(message[1])
-        if session is None:
-            return
-        if message[0] == wire.REFUSED and message[4] in self._bundles:
-            self.send(wire.CODE, message[4], self._bundles[message[4]])
-            session.reopen()
-            return
-        session.hear(message)
-
-    def _lost(self) -> None:
-        self._link = None
-        if not self._closed:
-            self._returning = asyncio.get_running_loop().create_task(self._return())
-
-    async def _return(self) -> None:
-        """Come back to the server, as soon as it is there."""
-        from flame.client.follow import Backoff
-
-        backoff = Backoff(patience=self._patience)
-        while True:
-            try:
-                link = await self._dial()
-                break
-            except ServerUnreachable as error:
-                try:
-                    await backoff.failed(error)
-                except FlameError as final:
-                    self._give_up(final)
-                    return
-            except FlameError as error:
-                self._give_up(error)
-                return
-        self._link = link
-        for session in list(self._sessions.values()):
-            session.reopen()
-
-    def _give_up(self, error: FlameError) -> None:
-        for session in list(self._sessions.values()):
-            session.fail(error)
-
-
 class Session:
     """A stream of tasks. Made by :func:`open`; entering the context opens it, and leaving it waits for the tasks and closes it.
 
+    :param connection: where.
+    :param form: what it is opened with; None joins the one of this ``id``.
+    :param bundles: the code that belongs to it, by digests.
+    :param common: its common data, where they are an object.
+    :param own: whether the connection begins and ends with the session.
     :ivar id: its id, once it is open.
     """
 
     def __init__(
         self,
-        connection: Connection | None,
+        connection: Connection,
         form: SessionForm | None,
         bundles: Mapping[str, bytes],
         common: Packed | None = None,
+        *,
         id: str = "",
+        own: bool = False,
     ) -> None:
         self.id = id
-        self._own: Connection | None = None
+        self._own = own
         self._connection = connection
         self._form = form
         self._bundles = bundles
@@ -256,10 +117,8 @@ class Session:
     # --------------------------------------------------------------------------------------- coming and going
 
     async def __aenter__(self) -> Session:
-        if self._connection is None:
-            self._own = self._connection = Connection()
-        if self._own is not None:
-            await self._own.__aenter__()
+        if self._own:
+            await self._connection.__aenter__()
         try:
             self._channel = self._connection.add(self, self._bundles)
             self._opened = asyncio.get_running_loop().create_future()
@@ -301,11 +160,10 @@ class Session:
         await self._left()
 
     async def _left(self) -> None:
-        if self._connection is not None:
-            self._connection.remove(self._channel)
+        self._connection.remove(self._channel)
         self.fail(TaskCancelled("The session was left before this task was answered."))
-        if self._own is not None:
-            await self._own.close()
+        if self._own:
+            await self._connection.close()
 
     # ------------------------------------------------------------------------------------------------- tasks
 
@@ -343,37 +201,13 @@ class Session:
         :param ahead: how many tasks are under way at most.
         :raises flame.errors.TaskFailed: one failed; the others go on.
         """
-        source = _each(values)
-        line: deque[Future] = deque()
-        ready: asyncio.Queue[Future] = asyncio.Queue()
-        more, count = True, 0
-        while more or count:
-            while more and count < ahead:
-                value = await anext(source, _END)
-                if value is _END:
-                    more = False
-                    break
-                future = self.submit(value)
-                count += 1
-                if ordered:
-                    line.append(future)
-                else:
-                    future.add_done_callback(ready.put_nowait)
-                if count % 256 == 0 and line and line[0].done():
-                    break
-            if count:
-                count -= 1
-                yield await (line.popleft() if ordered else await ready.get())
+        async for answer in streams.answers(self.submit, values, ordered=ordered, ahead=ahead):
+            yield answer
 
     async def as_completed(self, futures: Iterable[Future]) -> AsyncIterator[Future]:
         """Futures in the order in which they are done."""
-        ready: asyncio.Queue[Future] = asyncio.Queue()
-        count = 0
-        for future in futures:
-            future.add_done_callback(ready.put_nowait)
-            count += 1
-        for _ in range(count):
-            yield await ready.get()
+        async for future in streams.completed(futures):
+            yield future
 
     async def put(self, value: Any) -> Reference:
         """Keep a value once at the server and once on each host, for all tasks of the session.
@@ -391,14 +225,12 @@ class Session:
 
         :raises flame.errors.NotFound: the session has none of this digest.
         """
-        assert self._connection is not None
         data = await self._connection.http.call("GET", self._object(reference), into=bytes)
         if hashlib.sha256(data).hexdigest() != reference.digest:
             raise ServerError(f"The object {reference.digest[:12]} has come with other bytes than it was given.")
         return unpack(memoryview(data))
 
     async def _bring(self, reference: Reference, parts: list[bytes | memoryview]) -> None:
-        assert self._connection is not None
         data = await asyncio.to_thread(b"".join, parts)
         await self._connection.http.call("PUT", self._object(reference), data=data)
 
@@ -460,7 +292,7 @@ class Session:
         elif kind == wire.OPENED:
             self._welcome(*message[2:])
         elif kind == wire.REFUSED:
-            self._refused(_ERRORS.get(message[2], errors.ServerError), message[3])
+            self._refused(refusals.refusal(message[2], message[3]))
         elif kind == wire.CLOSED:
             _resolve(self._closed, None)
             for queue in self._counts:
@@ -502,7 +334,7 @@ class Session:
     def flush(self) -> None:
         """Send what was handed in, as far as the server has room for it."""
         self._flushing = False
-        if self._connection is None or self._opened is None or not self._opened.done():
+        if self._opened is None or not self._opened.done():
             return
         while self._waiting and (self._in_flight < self._window):
             first, _, options = self._waiting[0]
@@ -533,8 +365,7 @@ class Session:
         return future
 
     def _send(self, *message: Any) -> None:
-        if self._connection is not None:
-            self._connection.send(*message)
+        self._connection.send(*message)
 
     def _answers(self, entry: int, rows: Sequence[Any]) -> None:
         futures, sizes = self._futures, self._sizes
@@ -588,13 +419,11 @@ class Session:
         _resolve(self._opened, None)
         self.flush()
 
-    def _refused(self, kind: type[FlameError], message: str) -> None:
-        error = FlameError.__new__(kind)
-        FlameError.__init__(error, message)
+    def _refused(self, error: FlameError) -> None:
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(error)
         elif self._closed is not None and not self._closed.done():
-            if isinstance(error, errors.Forbidden):  # it was closed before the answer could be told
+            if isinstance(error, Forbidden):  # it was closed before the answer could be told
                 self._closed.set_result(None)
             else:
                 self._closed.set_exception(error)
@@ -606,85 +435,6 @@ class Session:
             raise self._failure
 
 
-def open(app: Any = None, *, connection: Connection | None = None, **options: Any) -> Session:  # noqa: A001 - it opens
-    """A session, which is opened by entering it: ``async with flame.sessions.open(app) as session``.
-
-    :param app: a class or a function; an :class:`~flame.spec.sessions.Application`; or the name of a registered one.
-    :param connection: where; None makes one of its own, to the configured server or else a private one.
-    :param options: ``common_data``, and what :class:`~flame.spec.sessions.SessionForm` and, of an inline application,
-        :class:`~flame.spec.sessions.Application` take: ``slots``, ``priority``, ``weight``, ``min_instances``, ``max_instances``,
-        ``batch_size``, ``timeout``, ``retries``, ``retry_budget``, ``delay_release``, ``id``; ``arguments``, ``environment``,
-        ``dependencies``, ``resources``, ``image``; ``code``: a folder whose files all travel.
-    :raises flame.errors.UsageError: this is no application, or an option is not known.
-    """
-    return Session(connection, *describe(app, **options))
-
-
-def connect(server: str | None = None, token: str | None = None, *, patience: float = PATIENCE) -> Connection:
-    """A connection for several sessions: ``async with flame.sessions.connect() as connection``. See :class:`Connection`."""
-    return Connection(server, token, patience=patience)
-
-
-_APPLICATION = {"arguments", "environment", "dependencies", "resources", "image", "name"}
-
-
-def describe(
-    app: Any, *, common_data: Any = None, code: str | Path | None = None, **options: Any
-) -> tuple[SessionForm, dict[str, bytes], Packed | None]:
-    """What a session is opened with, the bundles that belong to it by their digests, and its common data where they are an object.
-
-    :raises flame.errors.UsageError: it cannot be.
-    """
-    bundles: dict[str, bytes] = {}
-    common: Packed | None = None
-    own = {name: options.pop(name) for name in list(options) if name in _APPLICATION}
-    try:
-        if isinstance(app, str):
-            options["app"] = app
-            if own:
-                raise UsageError(f"{', '.join(own)} belong to the application {app!r}, which is registered already.")
-        elif isinstance(app, Application):
-            options["application"] = msgspec.structs.replace(app, **own)
-        else:
-            found = gather(app, code)
-            if found.bundle is not None and found.digest is not None:
-                bundles[found.digest] = found.bundle
-            options["application"] = Application(entry=found.entry, code=found.digest, **own)
-        if common_data is not None:
-            reference, parts = pack(common_data)
-            if sum(memoryview(part).nbytes for part in parts) <= _INLINE:
-                options["common"] = dumps(common_data)
-            else:
-                common = reference, parts
-                options["common_digest"] = reference.digest
-        return SessionForm(**options), bundles, common
-    except TypeError as error:
-        raise UsageError(f"A session cannot be opened like this: {error}.") from error
-
-
-_END = object()
-
-
-async def _each(values: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(values, AsyncIterable):
-        async for value in values:
-            yield value
-    else:
-        for value in values:
-            yield value
-
-
 def _resolve(future: asyncio.Future[Any] | None, value: Any) -> None:
     if future is not None and not future.done():
         future.set_result(value)
-
-
-def _refusal(refused: dialing.Refused) -> FlameError:
-    try:
-        form = msgspec.json.decode(refused.body)["error"]
-        kind, message = _ERRORS.get(str(form["type"]), errors.ServerError), str(form["message"])
-    except (msgspec.MsgspecError, LookupError, TypeError):
-        return refused
-    error = FlameError.__new__(kind)
-    FlameError.__init__(error, message)
-    return error
