@@ -2,7 +2,8 @@
 
 In order: what a session and its first tasks cost, cold and warm; 30,000 no-op tasks through one session with two executors, in
 the same run with Ray and Dask (from PyPI, each in an environment of its own under ``~/.cache/flame-benchmarks``); ten
-sessions of 1,000 tasks, and again with executors killed at random and the server killed twice; shares by weight.
+sessions of 1,000 tasks, and again with executors killed at random and the server killed twice; shares by weight; the memory that
+eight executors take for an array of 100 MB.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 
 import flame.sessions
@@ -34,6 +36,10 @@ from flame.spec.sessions import SessionRecord
 
 CACHE = Path.home() / ".cache" / "flame-benchmarks"
 TASKS = 30_000
+#: Bytes of the array that executors share, and how many do.
+ARRAY, EXECUTORS = 100_000_000, 8
+#: Bytes of the one that is compared with: an object, too, so that reading one is part of both.
+SMALL = 800_000
 
 RAY = """
 import json, os, sys, time, statistics
@@ -91,11 +97,19 @@ def noop(x):
 def nap(seconds):
     time.sleep(seconds)
     return seconds
+
+class Shared:
+    def on_session_enter(self, ctx):
+        self.total = float(ctx.common_data.sum())  # every page of it is touched
+        self.data = ctx.common_data
+
+    def on_task_invoke(self, ctx, task):
+        return self.total
 """
 
 
 def application(name: str) -> Any:
-    """A function of a module of its own, as a user's is: executors get its source and nothing else."""
+    """A function or class of a module of its own, as a user's is: executors get its source and nothing else."""
     path = CACHE / "flame_benchmark_tasks.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(APPLICATIONS)
@@ -218,8 +232,8 @@ async def first_tasks(repeat: int) -> list[Figure]:
     ]
 
 
-async def throughput(repeat: int) -> tuple[float, list[Figure]]:
-    """No-op tasks through one session with two executors."""
+async def throughput(repeat: int) -> tuple[float, float, list[Figure]]:
+    """No-op tasks through one session with two executors: their rate, what a single one takes, and the figures."""
     async with serving(slots=2) as (server, connection):
         rates = []
         async with connection.open(application("noop"), min_instances=2, max_instances=2) as session:
@@ -229,13 +243,23 @@ async def throughput(repeat: int) -> tuple[float, list[Figure]]:
                 answers = await asyncio.gather(*session.submit_many(range(TASKS)))
                 rates.append(TASKS / (time.perf_counter() - begin))
                 assert answers == list(range(TASKS))
+            one = []
+            for _ in range(300):
+                begin = time.perf_counter()
+                await session.invoke(1)
+                one.append(time.perf_counter() - begin)
         memory = psutil.Process(server.process.pid).memory_info().rss
     rate = statistics.median(rates)
-    return rate, [
-        Figure("no-op tasks, two executors", rate, "tasks/s", ">= 30000"),
-        Figure("no-op tasks, best run", max(rates), "tasks/s"),
-        Figure("memory of the server", memory / 1e6, "MB"),
-    ]
+    return (
+        rate,
+        statistics.median(one),
+        [
+            Figure("no-op tasks, two executors", rate, "tasks/s", ">= 30000"),
+            Figure("no-op tasks, best run", max(rates), "tasks/s"),
+            Figure("memory of the server", memory / 1e6, "MB"),
+            _ms("one task, after these", one, ""),
+        ],
+    )
 
 
 def others(name: str, package: str, script: str, tasks: int) -> dict[str, Any] | None:
@@ -357,6 +381,44 @@ async def shares() -> list[Figure]:
     ]
 
 
+async def one_copy() -> list[Figure]:
+    """What an array costs as common data of eight executors on one host, beside a small one: by the kernel's count, in which
+    a page that n processes have in common costs each of them an n-th (PSS), and what each has for itself (USS).
+    """
+    array = np.arange(ARRAY // 8, dtype=np.float64)
+    async with serving(slots=EXECUTORS) as (server, connection):
+        small = await _memory(server, connection, array[: SMALL // 8])
+        await server.quiet()
+        large = await _memory(server, connection, array)
+    name = f"{ARRAY / 1e6:g} MB for {EXECUTORS} executors"
+    return [
+        Figure(f"{name}: copies in memory", (large.shared - small.shared) / (ARRAY - SMALL), "copies", "<= 1.1"),
+        Figure(f"{name}: private memory", (large.private - small.private) / 1e6, "MB, all of them"),
+    ]
+
+
+class _Memory(NamedTuple):
+    """What processes take: with their part of what is shared, and each alone."""
+
+    shared: int
+    private: int
+
+
+async def _memory(server: Server, connection: Connection, array: Any) -> _Memory:
+    """The memory of executors that all have read an array."""
+    shared = application("Shared")
+    async with (
+        Client(connection.server) as client,
+        connection.open(shared, common_data=array, min_instances=EXECUTORS, delay_release=0) as session,
+    ):
+        while sum(one.state == "bound" for one in (await _get(client, session)).executors) < EXECUTORS:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        assert await session.invoke(None) == float(array.sum())
+        found = [process.memory_full_info() for process in await asyncio.to_thread(server.executors)]
+    assert len(found) == EXECUTORS
+    return _Memory(sum(one.pss for one in found), sum(one.uss for one in found))
+
+
 async def _get(client: Client, session: Session) -> SessionRecord:
     return await client._session.call("GET", f"/v1/sessions/{session.id}", into=SessionRecord)
 
@@ -370,7 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Elastic sessions, beside Ray and Dask.")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="without Ray and Dask")
-    parser.add_argument("--only", choices=["first", "throughput", "ten", "shares"])
+    parser.add_argument("--only", choices=["first", "throughput", "ten", "shares", "memory"])
     arguments = parser.parse_args()
     os.environ.pop("FLAME_SERVER", None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and executors go, too
@@ -378,7 +440,7 @@ def main() -> None:
     if arguments.only in (None, "first"):
         figures += asyncio.run(first_tasks(arguments.repeat))
     if arguments.only in (None, "throughput"):
-        rate, found = asyncio.run(throughput(arguments.repeat))
+        rate, one, found = asyncio.run(throughput(arguments.repeat))
         figures += found
         if not arguments.alone:
             ray = others("ray", "ray", RAY, 5000)
@@ -389,18 +451,22 @@ def main() -> None:
                     Figure("Ray: actor calls", ray["actors"], "calls/s"),
                     Figure("Ray: one task", ray["one"] * 1e3, "ms (median)"),
                     Figure("ours / Ray's", rate / ray["rate"], "ratio", ">= 12"),
+                    Figure("one task: ours / Ray's", one / ray["one"], "ratio", "< 1"),
                 ]
             if dask is not None:
                 figures += [
                     Figure(f"Dask {dask['version']}: no-op tasks", dask["rate"], "tasks/s"),
                     Figure("Dask: one task", dask["one"] * 1e3, "ms (median)"),
                     Figure("ours / Dask's", rate / dask["rate"], "ratio", ">= 45"),
+                    Figure("one task: ours / Dask's", one / dask["one"], "ratio", "< 1"),
                 ]
     if arguments.only in (None, "ten"):
         figures += asyncio.run(ten_sessions(chaos=False))
         figures += asyncio.run(ten_sessions(chaos=True))
     if arguments.only in (None, "shares"):
         figures += asyncio.run(shares())
+    if arguments.only in (None, "memory"):
+        figures += asyncio.run(one_copy())
     report(figures)
 
 

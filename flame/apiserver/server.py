@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -133,16 +133,25 @@ async def page(call: Call[None, NoQuery]) -> web.Response:
 async def metrics(call: Call[None, NoQuery]) -> web.Response:
     """Numbers for Prometheus."""
     controller = call.api.controller
-    states = Counter(job.state.value for job in controller.active())
-    lines = ["# HELP flame_jobs Jobs under way, by state.", "# TYPE flame_jobs gauge"]
-    lines += [f'flame_jobs{{state="{state}"}} {count}' for state, count in sorted(states.items())]
-    lines += ["# HELP flame_workers Workers there are, or have been promised room.", "# TYPE flame_workers gauge"]
-    lines += [f"flame_workers {controller.used}"]
-    lines += ["# HELP flame_requests_total Requests answered, by status.", "# TYPE flame_requests_total counter"]
-    lines += [
-        f'flame_requests_total{{status="{status}"}} {count}' for status, count in sorted(call.api.requests.items())
+    jobs = Counter(job.state.value for job in controller.active())
+    numbers = call.api.sessions.numbers()
+    lines = [
+        *_family("flame_jobs", "gauge", "Jobs under way, by state.", "state", jobs),
+        *_family("flame_workers", "gauge", "Workers there are, or have been promised room.", None, controller.used),
+        *_family("flame_sessions", "gauge", "Sessions that are open.", None, numbers.sessions),
+        *_family("flame_session_tasks", "gauge", "Tasks of open sessions, by state.", "state", numbers.tasks),
+        *_family("flame_executors", "gauge", "Executors of sessions, by state.", "state", numbers.executors),
+        *_family("flame_requests_total", "counter", "Requests answered, by status.", "status", call.api.requests),
     ]
     return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
+
+
+def _family(name: str, kind: str, says: str, label: str | None, values: Mapping[Any, int] | int) -> list[str]:
+    """The lines of one number, or of one for each value of a label."""
+    lines = [f"# HELP {name} {says}", f"# TYPE {name} {kind}"]
+    if isinstance(values, int):
+        return [*lines, f"{name} {values}"]
+    return lines + [f'{name}{{{label}="{value}"}} {count}' for value, count in sorted(values.items())]
 
 
 ROUTES = [

@@ -127,6 +127,30 @@ async def test_waiting_tasks_can_be_cancelled_and_the_running_one_only_by_force(
         assert await session.invoke(str(tmp_path)) == str(tmp_path)
 
 
+async def test_a_monitor_sees_how_many_sessions_tasks_and_executors_there_are(served: Any, tmp_path: Path) -> None:
+    async def numbers() -> set[str]:
+        text = await served.connection.http.call("GET", "/metrics", into=bytes)
+        return set(text.decode().splitlines())
+
+    assert {"flame_sessions 0", 'flame_session_tasks{state="running"} 0'} <= await numbers()
+    gate = tmp_path / "gate"
+    async with served.open(sessionkit.wait_for, max_instances=1, delay_release=0) as session:
+        assert await session.invoke(str(tmp_path)) == str(tmp_path)
+        waiting = session.submit_many([str(gate)] * 3)
+        await until(lambda: served.manager.register.live(session.id).counts.running == 1)
+        assert {
+            "flame_sessions 1",
+            'flame_session_tasks{state="succeed"} 1',
+            'flame_session_tasks{state="running"} 1',
+            'flame_session_tasks{state="pending"} 2',
+            'flame_executors{state="bound"} 1',
+        } <= await numbers()
+        gate.touch()
+        await asyncio.gather(*waiting)
+    assert {"flame_sessions 0", 'flame_session_tasks{state="succeed"} 0'} <= await numbers()
+    await until(lambda: served.manager.numbers().executors["bound"] == 0)
+
+
 async def test_closing_is_refused_while_a_task_runs_and_cancels_what_waits(served: Any, tmp_path: Path) -> None:
     async with served.open(sessionkit.wait_for, max_instances=1) as session:
         first, second = session.submit_many([str(tmp_path / "gate"), str(tmp_path)])

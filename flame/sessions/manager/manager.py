@@ -7,6 +7,9 @@ timers. Each changes the pure parts, is written by the :mod:`committer`, and lea
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import NamedTuple
+
 from flame.controller.controller import Controller
 from flame.sessions.link import Link
 from flame.sessions.manager import recovery
@@ -20,6 +23,20 @@ from flame.sessions.manager.register import Register
 from flame.sessions.manager.tasks import Tasks
 from flame.sessions.manager.tenant import Tenant
 from flame.sessions.manager.workers import Workers
+from flame.spec.sessions import ExecutorState
+
+
+class Numbers(NamedTuple):
+    """How much there is now.
+
+    :ivar sessions: those that are open.
+    :ivar tasks: theirs, by state.
+    :ivar executors: all of them, by state.
+    """
+
+    sessions: int
+    tasks: dict[str, int]
+    executors: dict[str, int]
 
 
 class Manager:
@@ -69,6 +86,16 @@ class Manager:
         self._floor.open = False
         for link in list(self._floor.links):
             link.close()
+
+    def numbers(self) -> Numbers:
+        """How much there is now, for a monitor. Every state is named, so that a series does not end when it comes to nought."""
+        tasks = Counter(pending=0, running=0, succeed=0, failed=0, cancelled=0)
+        for live in self._floor.lives.values():
+            counts = live.counts
+            tasks.update({state: getattr(counts, state) for state in tasks})
+        executors = Counter({state.value: 0 for state in ExecutorState if state is not ExecutorState.RELEASED})
+        executors.update(one.state.value for one in self._floor.executors.values())
+        return Numbers(len(self._floor.lives), dict(tasks), dict(executors))
 
     def join(self, link: Link) -> None:
         """A client's connection is there."""
