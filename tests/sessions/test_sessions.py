@@ -134,7 +134,7 @@ async def test_a_monitor_sees_how_many_sessions_tasks_and_executors_there_are(se
 
     assert {"flame_sessions 0", 'flame_session_tasks{state="running"} 0'} <= await numbers()
     gate = tmp_path / "gate"
-    async with served.open(sessionkit.wait_for, max_instances=1, delay_release=0) as session:
+    async with served.open(sessionkit.wait_for, max_instances=1) as session:
         assert await session.invoke(str(tmp_path)) == str(tmp_path)
         waiting = session.submit_many([str(gate)] * 3)
         await until(lambda: served.manager.register.live(session.id).counts.running == 1)
