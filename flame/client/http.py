@@ -132,6 +132,11 @@ class Session:
             await self._wire.close()
             self._wire = None
 
+    async def distrust(self) -> None:
+        """Close the connections that wait to be used again: the way to the server may have changed, and they lead nowhere."""
+        if self._wire is not None:
+            await self._wire.close()
+
     async def call(
         self,
         method: str,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from flame.client.follow import insist, resumed
 from flame.client.http import Session
-from flame.errors import FlameError, Forbidden, NotFound, Unauthorized
+from flame.errors import FlameError, Forbidden, NotFound, ServerUnreachable, Unauthorized
 from flame.flamelet.child import Child
 from flame.flamelet.fetch import CHECKPOINTS, fetch
 from flame.flamelet.memory import Memory, read_memory
@@ -37,6 +37,9 @@ LAUNCHER = ("-m", "flame.sdk.launch")
 _OWN_SECRETS = frozenset({"FLAME_TASK_KEY", "FLAME_TLS_KEY"})
 #: What the child says that the server is told as it is.
 _REPORTS = frozenset({"metrics", "round", "warning", "waiting", "model", "join", "leave"})
+#: Seconds that the server may take to grant the first lease; afterwards it is a part of the lease's length, but never less than a second.
+_FIRST_LEASE = 5.0
+_SHORTEST = 1.0
 #: Seconds for a process that left the child's group and still holds the link.
 _STRAGGLERS = 5.0
 #: Seconds for the child, and for the last words to the server, once a signal has asked the flamelet itself to end.
@@ -139,13 +142,24 @@ class Agent:
                     self._child.send({"type": "peers", **event.data})
 
     async def _renew(self) -> None:
-        """Renew the lease, well before it ends."""
+        """Renew the lease, well before it ends.
+
+        A connection can die in silence. Who waited on it as long as for any other answer would lose the lease meanwhile, so what is
+        not answered soon is asked again, on another connection.
+        """
+        limit = _FIRST_LEASE
 
         async def lease() -> Lease:
-            return await self._session.call("POST", f"{self._url}/lease", query=self._query, into=Lease)
+            try:
+                async with asyncio.timeout(limit):
+                    return await self._session.call("POST", f"{self._url}/lease", query=self._query, into=Lease)
+            except TimeoutError as error:
+                await self._session.distrust()
+                raise ServerUnreachable(f"{self._session.server} has not renewed the lease in {limit:g} s.") from error
 
         while True:
             granted = await insist(lease, patience=self._patience)
+            limit = max(granted.seconds / 4, _SHORTEST)
             await asyncio.sleep(granted.seconds / 4)
 
     async def _work(self) -> Final:

@@ -74,6 +74,7 @@ class FakeServer:
         self.slow_reports = False  # let checkpoints pass if they do
         self.leases = 0
         self.lease_seconds = 60.0
+        self.dead_connections = 0  # how many connections by which a lease is renewed go silent under that
         self.refusal: tuple[int, str] | None = None
         self.refuse_artifacts = False
         self.newer: dict[str, Any] = {}  # what only a later version of Flame knows of a task
@@ -207,7 +208,11 @@ class FakeServer:
             self._changed.notify_all()
         return web.json_response({"kept": True})
 
-    async def _post_lease(self, _: web.Request) -> web.Response:
+    async def _post_lease(self, request: web.Request) -> web.Response:
+        if self.dead_connections:
+            self.dead_connections -= 1
+            while request.transport is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         async with self._changed:
             self.leases += 1
             self._changed.notify_all()

@@ -354,6 +354,16 @@ async def test_the_lease_is_renewed_a_few_times_within_its_length(start: Any) ->
     assert await worker.exit() == 0
 
 
+async def test_a_connection_that_dies_in_silence_costs_no_lease(start: Any) -> None:
+    server, worker = await start(LINK + "    hear()\n")
+    server.lease_seconds, server.dead_connections = 4.0, 1  # before Python has even begun there
+    async with asyncio.timeout(20):  # any other answer is waited for three times as long
+        await server.until(lambda: server.leases >= 2)
+    assert server.dead_connections == 0
+    await server.send("peers", channel="c", group="g", joined=[], left=[])
+    assert await worker.exit() == 0
+
+
 async def test_workers_hear_of_their_peers(start: Any) -> None:
     server, worker = await start(
         LINK
