@@ -34,7 +34,7 @@ TRAIN = "def train(self): self.model['w0'] += self.config.hyperparameters.number
 #: A job may be hit as often as the seed wants it.
 RESTARTS = ("restart.attempts=20", "restart.backoff=0.1")
 #: One kill in so many hits the server.
-SERVER_KILLS = 12
+SERVER_KILLS = 40
 
 
 class Sample:

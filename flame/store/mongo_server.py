@@ -82,6 +82,7 @@ class MongoServer:
         self.by_id_alone = False
         #: Asked before every try of an operation whether this process may still write; see :mod:`flame.store.lock`.
         self.guard: Callable[[], Awaitable[None]] | None = None
+        self._self = sign()
 
     def turn(self, name: str) -> asyncio.Lock:
         """The lock of that name in this process; it exists while somebody uses it."""
@@ -183,24 +184,26 @@ class MongoServer:
 
     @contextlib.asynccontextmanager
     async def _claim(self, collection: Collection, id: str, expected: Mapping[str, Any]) -> AsyncIterator[bool]:
-        """Be the only process that makes this change; False if another one is at it.
+        """Be the only process that makes this change; False if another one is at it. To be called in the document's :meth:`turn`.
 
-        A process that was killed in between leaves its claim behind, which holds for as long as its change could take.
+        A claim that is our own already is from a try whose answer was lost, or that could not take it back. A process
+        that was killed in between leaves its claim behind, which holds for as long as its change could take.
         """
         if self.guard is not None:
             yield True
             return
         claims = collection.database["claims"]
         name = f"{collection.name}/{id}@{sorted(expected.items())}"
-        claim = {"_id": name, "op": sign(), "at": time.time()}
+        claim = {"_id": name, "op": self._self, "at": time.time()}
         try:
             await claims.insert_one(claim)
         except errors.DuplicateKeyError:
             there = await claims.find_one({"_id": name})
-            if there is not None and time.time() - there["at"] > ABANDONED:
-                await claims.delete_one({"_id": name})  # for the next try
-            yield False
-            return
+            if there is None or there["op"] != self._self:
+                if there is not None and time.time() - there["at"] > ABANDONED:
+                    await claims.delete_one({"_id": name})  # for the next try
+                yield False
+                return
         try:
             yield True
         finally:

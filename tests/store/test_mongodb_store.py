@@ -231,3 +231,17 @@ def test_without_the_driver_the_extra_that_brings_it_is_named(tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "pymongo", None)
     with pytest.raises(MissingExtra, match=r"pip install 'flame\[mongodb\]'"):
         open_store("mongodb://localhost/flame", tmp_path)
+
+
+async def test_a_claim_of_which_the_answer_was_lost_stops_nobody_but_others(store: MongoStore, mongo_url: str) -> None:
+    document = await store.insert("jobs", "j", {"n": 1})
+    if not store._server.by_id_alone:
+        pytest.skip("a real MongoDB needs no claims")
+    name = (await store._documents("jobs")).name
+    left = {"_id": f"{name}/j@[('v', 1)]", "op": store._server._self, "at": time.time()}
+    await (await raw(store, "claims")).insert_one(left)
+    other = MongoStore(mongo_url)
+    assert await other.replace("jobs", "j", {"n": 2}, version=document.version) is None
+    assert await store.replace("jobs", "j", {"n": 3}, version=document.version) is not None
+    assert await (await raw(store, "claims")).find_one({"_id": left["_id"]}) is None
+    await other.close()
