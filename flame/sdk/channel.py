@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -227,6 +228,12 @@ class Channel:
         since = time.monotonic() - within
         with self._inbox.condition:
             return [end for end, when in self._inbox.lost.items() if when > since]
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nobody comes or goes while the context lasts, except in its own waits. Be quick."""
+        with self._inbox.condition:
+            yield
 
     def visits(self) -> dict[str, int]:
         """How often each end has come: whose number has grown has lost its connection in between, and what was sent on it perhaps."""

@@ -102,9 +102,7 @@ class RoundAggregator(Role):
     _tally: Tally
     _started: float = 0.0
     _met: bool = False
-    _known_order: dict[
-        str, tuple[str, str]
-    ]  # of those that were given this round, as one that has left is not known any more
+    _known_order: dict[str, tuple[str, str]]  # of all that were ever seen, as one that has left is not known any more
 
     def internal_init(self) -> None:
         """See :class:`Role`; also makes the optimizer."""
@@ -114,6 +112,7 @@ class RoundAggregator(Role):
         chosen = self.config.datasampler
         self._datasampler = datasamplers.make(chosen.sort, chosen.kwargs).aggregator_data_sampler
         self._met = False
+        self._known_order = {}
 
     def _state(self) -> State:
         """See :class:`Role`: what the optimizer, the datasampler and the selectors remember."""
@@ -172,7 +171,6 @@ class RoundAggregator(Role):
         self._seed_round(self._round)
         self._started = time.monotonic()
         self._tally = Tally(None if seconds is None else self._started + seconds)
-        self._known_order = {}
         self._optimizer.begin(weights, self._round)
         self._outgoing = {MessageType.WEIGHTS: weights, MessageType.ROUND: self._round}
 
@@ -191,6 +189,8 @@ class RoundAggregator(Role):
         """Who is there and owes no update. One that has arrived too late is thrown away here."""
         idle = []
         for end in channel.all_ends():
+            if (there := channel.member(end)) is not None:
+                self._known_order[end] = (there.order, end)
             busy, member = channel.get_end_property(end, PROP_BUSY), channel.member(end)
             if busy is not None and (member is None or busy.attempt == member.attempt):
                 if channel.is_rxq_empty(end):
@@ -271,7 +271,7 @@ class RoundAggregator(Role):
     def _collect_in_order(self, channel: Channel, tally: Tally) -> None:
         """Fold updates in the order of the ends' ids, whenever they arrive; the others wait in their senders."""
         last_look = LAST_LOOK_SECONDS
-        order = {end: order_of(channel, end) for end in tally.pending} | self._known_order
+        order = self._known_order
         for end in sorted([*tally.pending, *self._missed(channel)], key=lambda end: order.get(end, ("", end))):
             if end not in tally.pending:
                 self._call_back(channel, tally, end)

@@ -71,7 +71,14 @@ class TopAggregator(RoundKeeper, RoundAggregator):
         if extra:
             assert self._outgoing is not None
             self._outgoing[MessageType.EXTRA] = extra
-        self._give_to(channel, self._choose(channel))
+        if self._strict:
+            # Whoever has lost its connection since must not be missed in the choice; those who lose it afterwards are called back.
+            with channel.still():
+                self._await_trainers(channel)
+                chosen = self._choose(channel)
+        else:
+            chosen = self._choose(channel)
+        self._give_to(channel, chosen)
 
     def _await_trainers(self, channel: Channel) -> None:
         """Wait until there are enough trainers that have nothing to do."""
