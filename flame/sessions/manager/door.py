@@ -72,6 +72,7 @@ class Door:
                 live.failed = live.died = 0
                 self._serving.limit(executor)
                 self._serving.serve(live)
+                self._pool.after_work(executor)
         elif kind == wire.BIND_FAILED:
             self._pool.bind_failed(executor, message[1], message[2])
         elif kind == wire.REVOKED:

@@ -65,8 +65,8 @@ class Executor:
 
     @property
     def ready(self) -> bool:
-        """Whether it is there and bound, or about to be, so that tasks may go to it."""
-        return self.link is not None and not self.leaving and self.state in (ExecutorState.BINDING, ExecutorState.BOUND)
+        """Whether tasks may go to it: it is there and bound. One that is still loading would keep them from those that are."""
+        return self.link is not None and not self.leaving and self.state is ExecutorState.BOUND
 
     @property
     def load(self) -> Load:

@@ -113,7 +113,6 @@ class Pool:
         executor.never("idle")
         executor.become(ExecutorState.BINDING)
         executor.send(wire.BIND, live.id, live.common)
-        self.serving.serve(live)
         self.after_work(executor)
 
     def bind_failed(self, executor: Executor, session: str, payload: bytes) -> None:
