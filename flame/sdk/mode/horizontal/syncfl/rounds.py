@@ -302,18 +302,20 @@ class RoundAggregator(Role):
         if not self._may_return(channel) or end in tally.partial:  # a part of its update cannot be taken back
             return
         deadline = time.monotonic() + self.config.policy.join_deadline
+        seen: int | None = None  # a broken connection may look whole for a moment: then it has to come anew
         while end not in tally.pending and (left := deadline - time.monotonic()) > 0:
             limit = tally.left()
             if not self.wait_for(
                 channel,
-                lambda: channel.has(end),
+                lambda: channel.has(end) and channel.visits().get(end) != seen,
                 lambda: f"the successor of {end} in round {self._round}",
                 left if limit is None else min(left, limit),
             ):
                 return
             lost = tally.lost.pop(end, None)
+            seen = channel.visits().get(end)
             self._give_again(channel, end)
-            if end not in tally.pending and channel.has(end):
+            if end not in tally.pending and end not in tally.lost:  # it was not tried
                 tally.lost[end] = lost or "left"
                 return
 
