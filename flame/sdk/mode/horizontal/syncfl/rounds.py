@@ -307,7 +307,7 @@ class RoundAggregator(Role):
             limit = tally.left()
             if not self.wait_for(
                 channel,
-                lambda: channel.has(end) and channel.visits().get(end) != seen,
+                lambda seen=seen: channel.has(end) and channel.visits().get(end) != seen,
                 lambda: f"the successor of {end} in round {self._round}",
                 left if limit is None else min(left, limit),
             ):
