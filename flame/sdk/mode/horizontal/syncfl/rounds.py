@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from flame.errors import DeadlineExceeded, WorkerError
@@ -307,7 +308,7 @@ class RoundAggregator(Role):
             limit = tally.left()
             if not self.wait_for(
                 channel,
-                lambda seen=seen: channel.has(end) and channel.visits().get(end) != seen,
+                partial(self._there_anew, channel, end, seen),
                 lambda: f"the successor of {end} in round {self._round}",
                 left if limit is None else min(left, limit),
             ):
@@ -318,6 +319,10 @@ class RoundAggregator(Role):
             if end not in tally.pending and end not in tally.lost:  # it was not tried
                 tally.lost[end] = lost or "left"
                 return
+
+    @staticmethod
+    def _there_anew(channel: Channel, end: str, seen: int | None) -> bool:
+        return channel.has(end) and channel.visits().get(end) != seen
 
     def _give_again(self, channel: Channel, end: str) -> None:
         """Give the round to one that has come in the place of one that had it."""
