@@ -82,7 +82,7 @@ async def everything(client: Client, job: str, tasks: list[str]) -> str:
         if route.method != "GET" or route.path.startswith("/v1/attach"):
             continue
         for one in (job, *tasks, "local", "ada"):
-            parts = dict.fromkeys(("id", "name", "sha256", "invite", "round", "task"), one)
+            parts = dict.fromkeys(("id", "name", "sha256", "invite", "round", "task", "digest"), one)
             path = route.path.format_map({**parts})
             try:
                 said.append((await client._session.call("GET", path, into=bytes)).decode(errors="replace"))

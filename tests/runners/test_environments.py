@@ -64,7 +64,8 @@ async def test_an_environment_has_what_is_required_on_top_of_what_the_interprete
     assert await run(python, "import flametestone, flame.errors, msgspec; print(flametestone.VERSION)") == "1.0"
     assert "No module named" in await run(sys.executable, "import flametestone")
     script = Path(python).parent / "flametestone-script"
-    assert script.read_text().splitlines()[0] == f"#!{python}"
+    first, second, *_ = script.read_text().splitlines()  # a path too long for a first line stands in the second
+    assert first == f"#!{python}" or (first == "#!/bin/sh" and f'"{python}"' in second)
 
 
 async def test_those_who_want_the_same_share_one_installation(tmp_path: Path) -> None:

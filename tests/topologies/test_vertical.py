@@ -20,9 +20,11 @@ from syncjob import InThread, Job, Recorder
 
 from flame.errors import FlameError, RoundFailed, WorkerError
 from flame.sdk.config import Config
+from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.vertical.active_party import ActiveParty
 from flame.sdk.mode.vertical.alignment import common, hashed
 from flame.sdk.mode.vertical.feature_party import FeatureParty
+from flame.sdk.mode.vertical.split import ANEW, BACK_TO, HAS, KEEP
 
 TAGS = ["align", "forward", "backward"]
 CHANNEL = {"name": "split", "pair": ["party", "active"], "funcTags": {"party": TAGS, "active": TAGS}}
@@ -190,8 +192,13 @@ def test_neither_features_nor_ids_nor_labels_travel(tmp_path, monkeypatch):
     kinds = {
         role: {key.name for one, message, _ in sent for key in message if one == role} for role in ("party", "active")
     }
-    assert kinds["party"] == {"IDS", "NAME", "ACTIVATIONS", "STEP"}
-    assert kinds["active"] == {"ROWS", "STEP", "ROUND", "TRAINING", "GRADIENTS", "EOT"}
+    assert kinds["party"] == {"IDS", "NAME", "ACTIVATIONS", "STEP", "METADATA"}
+    assert kinds["active"] <= {"ROWS", "STEP", "ROUND", "TRAINING", "GRADIENTS", "EOT", "METADATA"}
+    # Beside them, for whoever takes somebody's place: which rounds are kept, and from which to go on.
+    for _, message, _ in sent:
+        for what, said in (message.get(MessageType.METADATA) or {}).items():
+            assert what in (HAS, BACK_TO, ANEW, KEEP)
+            assert all(type(one) in (bool, int) for one in (said if isinstance(said, list) else [said]))
 
 
 @given(st.lists(st.sets(st.integers(0, 40)), min_size=1, max_size=4), st.binary(min_size=1, max_size=32))
