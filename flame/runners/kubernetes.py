@@ -68,6 +68,7 @@ class KubernetesRunner(Runner):
         self._watch: Watch | None = None
         self._on_exit: ExitCallback | None = None
         self._workers: dict[str, _Worker] = {}
+        self._roomless: dict[str, str | None] = {}  # by task, why no node took its last pod
         self._starting: dict[str, asyncio.Task[WorkerInfo]] = {}
         self._background: set[asyncio.Task[None]] = set()
         # Ends that nobody could be told before they have asked what there is: a starting server first learns whose workers these are.
@@ -262,6 +263,10 @@ class KubernetesRunner(Runner):
             return
         if verdict.message != before.message or verdict.stage is not before.stage:
             self._news(worker, verdict.message)
+        if verdict.stage is Stage.ROOM and verdict.judged:
+            self._roomless[worker.info.task] = verdict.message
+        elif verdict.stage is not Stage.ROOM:
+            self._roomless.pop(worker.info.task, None)
         if verdict.stage is Stage.DOOMED:
             self._lose_patience(worker)
         elif verdict.stage is not before.stage or worker.patience is None:
@@ -316,7 +321,11 @@ class KubernetesRunner(Runner):
     def _lose_patience(self, worker: _Worker) -> None:
         if not worker.told:
             worker.told = True
-            self._spawn(self._give_up(worker, worker.verdict.message))
+            cause = worker.verdict.message
+            if worker.verdict.stage is Stage.ROOM and not worker.verdict.judged:
+                # The scheduler puts off a pod like one that it could not place; what it said of that one holds for this.
+                cause = self._roomless.get(worker.info.task, cause)
+            self._spawn(self._give_up(worker, cause))
 
     async def _give_up(self, worker: _Worker, cause: str | None) -> None:
         """Remove a pod that does not come to run; then say why."""

@@ -35,11 +35,12 @@ class Stage(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """A stage, the sentence about it, and how the worker ended when it has."""
+    """A stage, the sentence about it, and how the worker ended when it has. ``judged``: the scheduler has said why no node takes it."""
 
     stage: Stage
     message: str | None = None
     exit: WorkerExit | None = None
+    judged: bool = False
 
 
 def judge(pod: Mapping[str, Any]) -> Verdict:
@@ -71,7 +72,9 @@ def _waiting(pod: Mapping[str, Any], worker: Mapping[str, Any], installer: Mappi
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") != "True":
         why = scheduled.get("message")
-        return Verdict(Stage.ROOM, f"No node takes its pod {name}: {_short(why)}" if why else f"Its pod {name} waits.")
+        if why:
+            return Verdict(Stage.ROOM, f"No node takes its pod {name}: {_short(why)}", judged=True)
+        return Verdict(Stage.ROOM, f"Its pod {name} waits.")
     for container in (worker, installer):
         waiting = container.get("state", {}).get("waiting", {})
         reason, message = waiting.get("reason"), _short(waiting.get("message") or "")

@@ -94,7 +94,8 @@ def test_a_node_without_room_is_told_while_it_lasts_and_then_fails_the_job(flame
     done = flame.ended(job)
     assert done["state"] == "failed"
     # On a busy machine the scheduler has not looked at the worker's second pod yet; what it said of the first is in the warning.
-    assert any("Insufficient" in said for said in (done["failure"]["message"], *done["warnings"]))
+    said = [done["failure"]["message"], *done["warnings"]]
+    assert any("Insufficient" in one for one in said), said
     assert done["failure"]["role"] == "trainer"
 
 
