@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -96,19 +96,25 @@ async def artifact(request: web.Request, place: Artifacts, found: Artifact) -> w
     pieces = aiter(place.read(found.name, start, end))
     piece = await anext(pieces, b"")  # what goes wrong so far is still answered in words
     await response.prepare(request)
-    try:
+    with _breaking_off(request):
         while piece:
             await response.write(piece)
             piece = await anext(pieces, b"")
         await response.write_eof()
+    return response
+
+
+@contextmanager
+def _breaking_off(request: web.Request) -> Iterator[None]:
+    """What goes wrong while an answer is written ends the connection: words about it would be taken for a part of the answer."""
+    try:
+        yield
     except ConnectionError:
         pass  # the caller has gone
     except Exception:
-        # An answer that says so would be taken for bytes of the artifact: only a broken connection tells.
-        log.exception("the artifact %s broke off", found.name)
+        log.exception("the answer to %s %s broke off", request.method, request.path)
         if request.transport is not None:
             request.transport.abort()
-    return response
 
 
 async def _stream(
@@ -126,26 +132,20 @@ async def _stream(
         # The source is never interrupted, which would end it: a task waits for its next piece, and this for the task.
         following = asyncio.ensure_future(_next(source))
         try:
-            while True:
-                done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE)
-                if not done:
-                    if alive:
-                        await response.write(alive)
-                    continue
-                piece = following.result()
-                if piece is None:
-                    break
-                following = asyncio.ensure_future(_next(source))
-                if data := write(piece):
-                    await response.write(data)
-            await response.write_eof()
-        except ConnectionError:
-            pass  # the caller has gone
-        except Exception:
-            # It is too late for an answer that says so: only a broken connection tells a torn stream from a whole one.
-            log.exception("the stream %s %s broke off", request.method, request.path)
-            if request.transport is not None:
-                request.transport.abort()
+            with _breaking_off(request):
+                while True:
+                    done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE)
+                    if not done:
+                        if alive:
+                            await response.write(alive)
+                        continue
+                    piece = following.result()
+                    if piece is None:
+                        break
+                    following = asyncio.ensure_future(_next(source))
+                    if data := write(piece):
+                        await response.write(data)
+                await response.write_eof()
         finally:
             following.cancel()
             await asyncio.wait([following])

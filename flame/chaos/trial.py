@@ -19,7 +19,7 @@ from flame.client import Client
 from flame.client.config import data_dir
 from flame.client.local import address
 from flame.client.running import Reading
-from flame.errors import UsageError
+from flame.errors import FlameError, UsageError
 from flame.spec.records import Job, JobState
 
 #: How many deeds are drawn where none are given.
@@ -169,7 +169,7 @@ async def _stopped_at_last(client: Client, job: str) -> AsyncIterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(FlameError, TimeoutError):  # the server may be away; what interrupted the trial counts
             await client.jobs.stop(job)
             async with asyncio.timeout(15):
                 await client.jobs.wait(job)
