@@ -77,7 +77,7 @@ class Held(NamedTuple):
     """An executor that there is. ``session``: which it serves, or is about to; None: it is idle.
 
     ``ready``: it is there (not just being started). ``busy``: it has a task. ``leaving``: it is being unbound or released.
-    ``back``: it is being unbound and about to be idle.
+    ``back``: it is about to be there for anyone: it is being unbound, or the server was restarted and it will say whom it serves.
     """
 
     id: str

@@ -98,6 +98,25 @@ async def test_a_warm_executor_is_the_same_process_after_the_server_was_killed(s
         assert await session.invoke(0) == first
 
 
+async def test_an_executor_that_is_slow_to_come_back_is_waited_for_and_not_doubled(
+    server_process: Any, find_executors: Any
+) -> None:
+    url = await server_process.start()
+    async with flame.sessions.connect(url) as connection, connection.open(sessionkit.pid, max_instances=1) as session:
+        first = await session.invoke(0)
+        os.kill(first, signal.SIGSTOP)
+        try:
+            await server_process.kill()
+            await server_process.start()
+            again = session.submit(0)
+            await session.accepted()
+            await record(url, session.id)  # by now the scheduler has looked, and would have started another
+            assert await asyncio.to_thread(find_executors) == [first]
+        finally:
+            os.kill(first, signal.SIGCONT)
+        assert await again == first
+
+
 async def test_a_client_gives_up_a_server_that_stays_away_and_says_so(server_process: Any) -> None:
     url = await server_process.start()
     async with flame.sessions.connect(url, patience=0.2) as connection:

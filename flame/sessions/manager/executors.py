@@ -69,6 +69,11 @@ class Executor:
         return self.link is not None and not self.leaving and self.state is ExecutorState.BOUND
 
     @property
+    def awaited(self) -> bool:
+        """Whether it may come back after a restart of the server, which does not know yet whom it serves."""
+        return self.live is None and self.leaving and "reunion" in self.timers
+
+    @property
     def load(self) -> Load:
         """The room that it takes."""
         record = self.record
@@ -96,7 +101,7 @@ class Executor:
             ready=self.state is not ExecutorState.STARTING,
             busy=self.live is not None and bool(self.live.book.given(self.id)),
             leaving=self.leaving,
-            back=self.state is ExecutorState.UNBINDING and not self.releasing,
+            back=self.awaited or (self.state is ExecutorState.UNBINDING and not self.releasing),
             slots=record.slots,
             cpu=record.resources.cpu or 0.0,
             memory=record.resources.memory_bytes or 0,
