@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,13 @@ def test_no_more_trainers_work_at_once_than_are_allowed(tmp_path, selector, more
     (top,) = job["top"]
     assert 1 <= top.most <= 2
     np.testing.assert_allclose(top.after, versions_of(job, 15, 2), rtol=1e-10)
+
+
+def test_where_not_all_may_work_at_once_they_take_turns(tmp_path):
+    job = Tree(tmp_path, two_tiers(), {"default": 5}, CLASSES, modelSpec=spec(15, FEDBUFF, aggGoal=1, concurrency=1))
+    job.run()
+    (top,) = job["top"]
+    assert sorted(Counter(end for _, end, _ in top.log).values()) == [3] * 5
 
 
 def test_three_tiers_discount_at_each_of_them(tmp_path):

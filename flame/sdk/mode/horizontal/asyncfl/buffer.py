@@ -1,7 +1,7 @@
 """What asynchronous aggregators of every tier do: keep some trainers at work, and fold what comes into a buffer.
 
 A *version* of the model is what a round is elsewhere. Whoever is idle is given the newest version, as long as there is room
-(``concurrency``, or a selector such as fedbuff's ``c``). Updates come when they come; one that began from an older version counts
+(``concurrency``: those first who have waited longest; or a selector such as fedbuff's ``c``). Updates come when they come; one that began from an older version counts
 less, as the optimizer says. When the buffer holds ``aggGoal`` updates it becomes the next version. So a trainer may be at
 work through several versions, and a fast one may give several updates to one.
 
@@ -14,6 +14,9 @@ What a job says: ``hyperparameters.aggGoal`` (or the optimizer's ``agg_goal``), 
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 from flame.errors import SpecError
 from flame.sdk.channel import VAL_CH_STATE_SEND, Channel
@@ -28,6 +31,8 @@ class BufferedAggregator(RoundAggregator):
 
     _goal: int = 1
     _concurrency: int | None = None
+    _turns: Iterator[int]
+    _last_turn: dict[str, int]
     _standing: tuple[frozenset[str], int] = (frozenset(), 0)
 
     def internal_init(self) -> None:
@@ -54,6 +59,7 @@ class BufferedAggregator(RoundAggregator):
             raise SpecError(f"the aggregation goal of {self.config.role} must be at least 1, not {goal!r}.", "aggGoals")
         self._goal = goal
         self._concurrency = hyper.concurrency
+        self._turns, self._last_turn = itertools.count(1), {}
         if self.config.policy.deterministic:
             self.link.warning("An asynchronous job depends on who is faster: policy.deterministic means nothing here.")
 
@@ -97,8 +103,12 @@ class BufferedAggregator(RoundAggregator):
         free, working = set(idle), self._working(channel)
         wanted = [end for end in channel.ends(VAL_CH_STATE_SEND) if end in free]
         if self._concurrency is not None and not self._selects(channel):
+            # In turns: else the first to answer would be the first to be asked again, and some would never be.
+            wanted.sort(key=lambda end: self._last_turn.get(end, 0))
             wanted = wanted[: max(0, self._concurrency - working)]
-        return wanted or (idle[:1] if not working else [])
+        chosen = wanted or (idle[:1] if not working else [])
+        self._last_turn.update((end, next(self._turns)) for end in chosen)
+        return chosen
 
     def _selects(self, channel: Channel) -> bool:
         chosen = self.config.channels[channel.name()].selector or self.config.selector
