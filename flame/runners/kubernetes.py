@@ -33,6 +33,8 @@ log = logging.getLogger("flame.runners")
 _REMOVAL = 15.0  # seconds that a node gets beyond the grace, before the pod is struck off without it
 _SECRET = 20.0  # seconds for a container that cannot be made: its Secret is made after it
 _TRIES = 4
+_UNSEEN = Verdict(Stage.ROOM)
+_ROOMLESS = 1000  # tasks, beyond which those are forgotten that found no room longest ago
 
 
 class _Worker:
@@ -41,7 +43,7 @@ class _Worker:
     def __init__(self, info: WorkerInfo, uid: str) -> None:
         self.info = info
         self.uid = uid
-        self.verdict = Verdict(Stage.ROOM)
+        self.verdict = _UNSEEN
         self.told = False  # its end was reported, or needs no report
         self.gone = asyncio.Event()
         self.patience: asyncio.TimerHandle | None = None
@@ -185,7 +187,8 @@ class KubernetesRunner(Runner):
             worker.told = True
             self._spawn(self._delete(worker, 0))
             raise
-        self._see(pod)
+        if worker.verdict == _UNSEEN:  # else the watch was faster, and what it says is newer
+            self._see(pod)
         return worker.info
 
     def _make(self, body: Object, path: str | None = None) -> Any:
@@ -264,7 +267,10 @@ class KubernetesRunner(Runner):
         if verdict.message != before.message or verdict.stage is not before.stage:
             self._news(worker, verdict.message)
         if verdict.stage is Stage.ROOM and verdict.judged:
+            self._roomless.pop(worker.info.task, None)
             self._roomless[worker.info.task] = verdict.message
+            if len(self._roomless) > _ROOMLESS:
+                del self._roomless[next(iter(self._roomless))]
         elif verdict.stage is not Stage.ROOM:
             self._roomless.pop(worker.info.task, None)
         if verdict.stage is Stage.DOOMED:

@@ -325,6 +325,26 @@ async def test_a_pod_that_no_node_takes_says_so_and_fails_when_patience_ends(har
     assert "No node takes its pod" in (harness.exits[0][1].message or "")
 
 
+async def test_what_the_cluster_says_while_a_worker_is_still_being_made_is_not_taken_back(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = await harness.started()
+    make = runner._make
+
+    def make_late(body: Any, path: str | None = None) -> Any:
+        async def late() -> Any:
+            if path is not None:  # the Secret, whose pod is there by now
+                await eventually(lambda: any("Insufficient cpu" in (message or "") for _, message in harness.news))
+            return await make(body, path)()
+
+        return late
+
+    monkeypatch.setattr(runner, "_make", make_late)
+    worker = await runner.start(harness.spec("a", resources=Resources(cpu=10000)))
+    assert "Insufficient cpu" in (harness.news_of(worker)[-1] or "")
+    await runner.end(worker, grace=0)
+
+
 @pytest.mark.parametrize("how", ["gently", "forced"])
 async def test_a_pod_deleted_by_hand_is_reported_as_that(harness: Harness, how: str) -> None:
     runner = await harness.started()
