@@ -45,6 +45,7 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
     """What decides about a job, from its records. Which workers there are is not in them."""
     assert job.form.schema is not None
     consumers = {role.name for role in job.form.schema.roles if role.is_data_consumer}
+    parts = parts_of(tasks)
     return JobLife(
         name=job.name,
         state=job.state,
@@ -58,6 +59,8 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
                     connected=task.state is not TaskState.DEPLOYING and task.attempt > 0,
                     replaced=task.replaced,
                     delivered=task.delivered,
+                    owes=task.owes,
+                    part=parts[task.id],
                     failure=task.failure,
                     brought=task.config.from_user,
                 )
@@ -75,6 +78,22 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
         consumers=frozenset(consumers),
         pauses=job.form.on_failure == "pause",
     )
+
+
+def parts_of(tasks: Sequence[Task]) -> dict[str, str]:
+    """For each task the part of the job that it is in, named after one of the part's: who meets on a channel is in one part."""
+    part = {task.id: task.id for task in tasks}
+
+    def first(task: str) -> str:
+        while part[task] != task:
+            task = part[task] = part[part[task]]
+        return task
+
+    rooms: dict[tuple[str, str], str] = {}
+    for task in tasks:
+        for room in task.config.group_association.items():
+            part[first(task.id)] = first(rooms.setdefault(room, task.id))
+    return {task.id: first(task.id) for task in tasks}
 
 
 def with_workers(job: JobLife, there: set[tuple[str, int]], begun: set[tuple[str, int]]) -> JobLife:
@@ -124,6 +143,8 @@ def task_fields(before: TaskLife, after: TaskLife, now: float) -> dict[str, Any]
         fields["replaced"] = after.replaced
     if after.delivered != before.delivered:
         fields["delivered"] = after.delivered
+    if after.owes != before.owes:
+        fields["owes"] = after.owes
     if after.state is not before.state:
         fields["state"] = after.state
         if after.state is not TaskState.DEPLOYING and not after.waits:

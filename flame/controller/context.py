@@ -36,12 +36,15 @@ class StoredTask(Task, kw_only=True):
     """A task with what the server alone needs to know of it.
 
     :ivar replaced: how many lost workers were replaced.
+    :ivar delivered: it has handed in the job's model, or its group's.
+    :ivar owes: it has something of its own to hand in.
     :ivar holder: by which the participant who has taken it is known again: the SHA-256 of its secret.
     :ivar invite: the id of the invite that the participant came with.
     """
 
     replaced: int = 0
     delivered: bool = False
+    owes: bool = False
     holder: str | None = None
     invite: str | None = None
 

@@ -50,6 +50,13 @@ class Delivered(msgspec.Struct, frozen=True):
     attempt: int
 
 
+class Owes(msgspec.Struct, frozen=True):
+    """The worker has something of its own to hand in, which nobody else has: it is needed until it has completed."""
+
+    task: str
+    attempt: int
+
+
 class Steady(msgspec.Struct, frozen=True):
     """The worker has run for so long that the losses before it no longer count."""
 
@@ -135,6 +142,7 @@ Event = (
     | Kill
     | Steady
     | Delivered
+    | Owes
     | Claim
     | Connected
     | Running
@@ -194,6 +202,13 @@ class End(msgspec.Struct, frozen=True):
     parting: bool = False
 
 
+class Dismiss(msgspec.Struct, frozen=True):
+    """Tell a worker that the others have done the work: whoever it waits for will not come."""
+
+    task: str
+    attempt: int
+
+
 class Clock(msgspec.Struct, frozen=True):
     """The first worker runs: the time limit begins to count."""
 
@@ -204,4 +219,4 @@ class Warn(msgspec.Struct, frozen=True):
     message: str
 
 
-Action = Enter | Ask | Expect | Release | Begin | End | Clock | Warn
+Action = Enter | Ask | Expect | Release | Begin | End | Dismiss | Clock | Warn

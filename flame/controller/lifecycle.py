@@ -58,6 +58,7 @@ from flame.controller.events import (
     Completed,
     Connected,
     Delivered,
+    Dismiss,
     End,
     Enter,
     Event,
@@ -66,6 +67,7 @@ from flame.controller.events import (
     Gone,
     Kill,
     Missing,
+    Owes,
     Pause,
     Release,
     Resume,
@@ -114,6 +116,9 @@ class TaskLife(msgspec.Struct, frozen=True):
     :ivar live: the attempts whose worker was asked for and is not known to be gone.
     :ivar ending: those of them that were asked to end.
     :ivar delivered: it has handed in the job's model, or its group's.
+    :ivar owes: it has something of its own to hand in, so it is needed until it has completed.
+    :ivar part: which part of the job it is in; parts know nothing of each other (parallel experiments).
+    :ivar told: the attempt whose worker was told that the others have done the work.
     :ivar brought: a participant starts its worker, not a runner.
     """
 
@@ -126,6 +131,9 @@ class TaskLife(msgspec.Struct, frozen=True):
     live: frozenset[int] = frozenset()
     ending: frozenset[int] = frozenset()
     delivered: bool = False
+    owes: bool = False
+    part: str = ""
+    told: int = 0
     failure: Failure | None = None
     brought: bool = False
 
@@ -246,6 +254,9 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
     if job.state in (JobState.DEPLOYING, JobState.RUNNING):
         for task in _superfluous(job):
             job = _ran(job, replace(task, state=TaskState.COMPLETED), actions)
+        for task in _left_behind(job):
+            actions.append(Dismiss(task.id, task.attempt))
+            job = _set(job, replace(task, told=task.attempt))
         for task in job.tasks.values():
             if task.state.ended:
                 job = _end(job, job.tasks[task.id], "its task has ended", actions, parting=True)
@@ -282,7 +293,8 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
 def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
     """What is reported or seen of one worker."""
     assert isinstance(
-        event, Steady | Delivered | Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing
+        event,
+        Steady | Delivered | Owes | Connected | Running | Completed | Failed | Terminated | Silent | Gone | Missing,
     )
     task = job.tasks[event.task]
     if task.brought and event.attempt not in task.live:
@@ -295,6 +307,8 @@ def _report(job: JobLife, event: Event, actions: list[Action]) -> JobLife:
     match event:
         case Delivered():
             job = _set(job, replace(task, delivered=True))
+        case Owes():
+            job = _set(job, replace(task, owes=True))
         case Steady():
             job = _set(job, replace(task, replaced=0))
         case Connected() if not task.connected:
@@ -480,30 +494,33 @@ def _set(job: JobLife, task: TaskLife) -> JobLife:
 
 
 def _superfluous(job: JobLife) -> list[TaskLife]:
-    """Workers that have taken another one's place and find that the others have done the work and are gone.
-
-    And where that is an aggregator, those who consume data too: they may still wait to hear from it that the work is done.
-    """
-    if not _done(job):
-        return []
-    idle = (TaskState.READY, TaskState.COMPLETED, TaskState.FAILED, TaskState.TERMINATED)
-    busy = [task for task in job.tasks.values() if task.state not in idle]
-    late = [task for task in busy if task.attempt > 1]
-    if any(task.role not in job.consumers for task in late):
-        late += [task for task in busy if task.attempt == 1 and task.role in job.consumers]
-    return late
+    """Workers that have taken another one's place and find that the others have done the work and are gone."""
+    return [task for task in _idle(job) if task.attempt > 1 and not task.owes]
 
 
-def _done(job: JobLife) -> bool:
-    """Whether nothing is left to do, whoever is still there.
+def _left_behind(job: JobLife) -> list[TaskLife]:
+    """Workers that may still wait for others who have done the work and are gone, and were not told so."""
+    return [task for task in _idle(job) if task.told != task.attempt]
+
+
+def _idle(job: JobLife) -> list[TaskLife]:
+    """Workers that are there although the work of their part is done."""
+    done = {part for part in {task.part for task in job.tasks.values()} if _done(job, part)}
+    busy = (TaskState.DEPLOYING, TaskState.RUNNING)
+    return [task for task in job.tasks.values() if task.part in done and task.state in busy]
+
+
+def _done(job: JobLife, part: str) -> bool:
+    """Whether nothing is left to do in a part of the job, whoever is still there, but to hand in what somebody owes.
 
     Those who aggregate have handed in their models and completed; without a server, one of the members has. Where there is
     no model, all who consume no data have completed.
     """
-    makers = {task.role for task in job.tasks.values() if task.delivered}
+    members = [task for task in job.tasks.values() if task.part == part]
+    makers = {task.role for task in members if task.delivered}
     left = [
         task
-        for task in job.tasks.values()
+        for task in members
         if task.state is not TaskState.COMPLETED
         and (
             task.role in makers
@@ -513,12 +530,13 @@ def _done(job: JobLife) -> bool:
             else task.role not in job.consumers
         )
     ]
-    return not left and any(makers or task.role not in job.consumers for task in job.tasks.values())
+    return not left and any(makers or task.role not in job.consumers for task in members)
 
 
 def _too_late(job: JobLife, task: TaskLife) -> bool:
     """It has lost sight of the others while one of them was replaced, and gave up when they had done the work."""
-    return any(other.attempt > 1 for other in job.tasks.values()) and job.state is JobState.RUNNING and _done(job)
+    replaced = any(other.attempt > 1 for other in job.tasks.values())
+    return replaced and not task.owes and job.state is JobState.RUNNING and _done(job, task.part)
 
 
 def _has_run(task: TaskLife) -> bool:

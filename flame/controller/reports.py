@@ -56,6 +56,10 @@ class MessageData(Record, kw_only=True):
     message: str = ""
 
 
+class OwesData(Record, kw_only=True):
+    """``owes``: this worker has something of its own to hand in before it completes."""
+
+
 _TYPES: dict[str, type[Record]] = {
     "state": StateData,
     "metrics": MetricsData,
@@ -63,6 +67,7 @@ _TYPES: dict[str, type[Record]] = {
     "join": JoinData,
     "leave": LeaveData,
     "model": Model,
+    "owes": OwesData,
     "warning": MessageData,
     "waiting": MessageData,
 }

@@ -385,6 +385,8 @@ class Supervisor:
                     await self._ledger.keep_model(data)
                     await self._ledger.publish([("model", msgspec.to_builtins(data))])
                 await self.handle(events.Delivered(task, attempt))
+            case said.OwesData():
+                await self.handle(events.Owes(task, attempt))
             case said.MessageData(message=message) if report.type == "warning":
                 async with self._lock:
                     await self._ledger.warn(message)
@@ -450,6 +452,8 @@ class Supervisor:
                 if not parting:
                     context.background.spawn(self._tell(task, attempt, "stop", {"reason": reason}))
                 self._crew.end(task, attempt, self._life.tasks[task].role, parting=parting)
+            case events.Dismiss(task=task, attempt=attempt):
+                context.background.spawn(self._tell(task, attempt, "done", {}))
             case events.Clock():
                 self._wind_clock()
             case events.Warn(message=message):

@@ -36,7 +36,7 @@ LAUNCHER = ("-m", "flame.sdk.launch")
 #: What is the flamelet's alone, and not for the code that it runs.
 _OWN_SECRETS = frozenset({"FLAME_TASK_KEY", "FLAME_TLS_KEY"})
 #: What the child says that the server is told as it is.
-_REPORTS = frozenset({"metrics", "round", "warning", "waiting", "model", "join", "leave"})
+_REPORTS = frozenset({"metrics", "round", "warning", "waiting", "model", "owes", "join", "leave"})
 #: Seconds that the server may take to grant the first lease; afterwards it is a part of the lease's length, but never less than a second.
 _FIRST_LEASE = 5.0
 _SHORTEST = 1.0
@@ -85,6 +85,7 @@ class Agent:
         log = self._work_dir / "task.log"
         self._output = Output(log, session, f"{self._url}/log", self._query, patience=self._patience)
         self._child: Child | None = None
+        self._alone = False  # the others have done the work
         self._uploads: set[asyncio.Task[None]] = set()
         self._failure: str | None = None  # the child's own sentence
         self._neighbour = True  # as far as is known, the server sees this worker's files
@@ -140,6 +141,10 @@ class Agent:
                     self.stop(event.data.get("reason") or "It was stopped.")
                 elif event.type == "peers" and self._child is not None:
                     self._child.send({"type": "peers", **event.data})
+                elif event.type == "done":
+                    self._alone = True
+                    if self._child is not None:
+                        self._child.send({"type": "done"})
 
     async def _renew(self) -> None:
         """Renew the lease, well before it ends.
@@ -203,6 +208,8 @@ class Agent:
         finally:
             os.close(output)
         self._child = child
+        if self._alone:
+            child.send({"type": "done"})
         self._outbox.put("state", {"state": "running"})
         heeding = asyncio.create_task(self._heed(child))
         status = None

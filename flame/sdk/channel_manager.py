@@ -95,6 +95,11 @@ class ChannelManager:
             raise ChannelError("The channel manager has no configuration yet: call it with one, as in cm(config).")
         return self._config
 
+    def wake(self) -> None:
+        """Let whoever waits on a channel look again whether what it waits for has come."""
+        with self._condition:
+            self._condition.notify_all()
+
     def join_all(self) -> None:
         """Join every channel of the role.
 

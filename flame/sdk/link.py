@@ -41,6 +41,10 @@ class Link:
     rendezvous: Rendezvous | None = None
     #: The group whose rounds and model this worker tells of, in a job of independent groups; empty where there is one.
     group: str = ""
+    #: Whether the control plane has said that the others have done the work and are gone: whoever is waited for will not come.
+    done: bool = False
+    #: Called in a thread of the link's when :attr:`done` has become true.
+    on_done: Callable[[], object] | None = None
     #: Called in a thread of the link's when the other side of it is gone, before anybody here can act on that.
     on_lost: Callable[[], object] | None = None
 
@@ -95,6 +99,9 @@ class Link:
         except OSError as error:
             raise WorkerError(f"The artifact {name} could not be kept in {self.folder}: {error}.") from error
         return str(target.resolve())
+
+    def owes(self) -> None:
+        """Say that this worker has something to hand in at the end that nobody else has: it is not let go before, whoever is done."""
 
     @property
     def keeps(self) -> bool:
@@ -167,6 +174,10 @@ class SocketLink(Link):
     def model(self, model: Mapping[str, Any]) -> None:
         """See :class:`Link`."""
         self.say({"type": "model", **model})
+
+    def owes(self) -> None:
+        """See :class:`Link`."""
+        self.say({"type": "owes"})
 
     def failure(self, message: str) -> None:
         """See :class:`Link`; the caller has logged what it wants to."""
@@ -281,6 +292,10 @@ class SocketLink(Link):
             with self._news:
                 self._answers[message.name] = msgspec.Raw(line)
                 self._news.notify_all()
+        elif message.type == "done":
+            self.done = True
+            if self.on_done is not None:
+                self.on_done()
         elif message.type == "peers":
             with self._news:
                 tell = self._seats.get((message.channel, message.group))

@@ -19,6 +19,7 @@ from flame.controller.events import (
     Completed,
     Connected,
     Delivered,
+    Dismiss,
     End,
     Enter,
     Event,
@@ -27,6 +28,7 @@ from flame.controller.events import (
     Gone,
     Kill,
     Missing,
+    Owes,
     Pause,
     Release,
     Resume,
@@ -242,8 +244,43 @@ def test_those_who_wait_for_an_aggregator_that_comes_back_when_the_work_is_done_
     tree, _ = drive(tree, Start(), Admit(), *all_of(tree, Running), Delivered("t0", 1), Gone("t1", 1, cause("t1")))
     assert tree.tasks["t2"].state is TaskState.RUNNING
     tree, actions = drive(tree, Completed("t0", 1))
-    assert [task.state for task in tree.tasks.values()] == [TaskState.COMPLETED] * 3
-    assert End("t2", 1, "its task has ended", parting=True) in actions, "it gets a moment for what it does by itself"
+    assert [task.state.value for task in tree.tasks.values()] == ["completed", "completed", "running"]
+    assert Dismiss("t2", 1) in actions, "it ends by itself"
+    tree, actions = drive(tree, Connected("t2", 1), Completed("t2", 1))
+    assert not any(isinstance(action, Dismiss) for action in actions), "it was told once"
+
+
+def test_who_waits_for_others_that_have_done_the_work_is_told_though_nobody_was_replaced() -> None:
+    job = new()
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1))
+    assert not any(isinstance(action, Dismiss) for action in actions)
+    job, actions = drive(job, Completed("t0", 1))
+    assert Dismiss("t2", 1) in actions
+    assert Dismiss("t1", 1) not in actions, "it has ended"
+    assert job.tasks["t2"].state is TaskState.RUNNING
+
+
+def test_the_work_of_one_part_is_done_though_another_goes_on() -> None:
+    job = new(trainers=3)
+    roles = {"t0": "aggregator", "t1": "trainer", "t2": "aggregator", "t3": "trainer"}
+    tasks = {id: replace(job.tasks[id], role=role, part="ab"[int(id[1]) // 2]) for id, role in roles.items()}
+    job = replace(job, tasks=tasks, quorum={"aggregator": 2, "trainer": 2})
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Delivered("t0", 1), Completed("t0", 1))
+    assert [action for action in actions if isinstance(action, Dismiss)] == [Dismiss("t1", 1)]
+    job, actions = drive(job, Delivered("t2", 1), Completed("t2", 1))
+    assert [action for action in actions if isinstance(action, Dismiss)] == [Dismiss("t3", 1)]
+
+
+def test_who_owes_something_that_nobody_else_has_is_needed_until_it_has_handed_it_in() -> None:
+    job = new(restart=Restart())
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Owes("t1", 1), Completed("t2", 1))
+    job, actions = drive(job, Completed("t0", 1), Gone("t1", 1, cause("t1")))
+    assert job.tasks["t1"].state is TaskState.DEPLOYING
+    assert Dismiss("t1", 2) in actions
+    failed, _ = drive(job, Running("t1", 2), Failed("t1", 2, cause("t1")))
+    assert failed.state is JobState.STOPPING, "it is not excused"
+    job, _ = drive(job, Completed("t1", 2), Gone("t0", 1, cause()), Gone("t1", 2, cause()), Gone("t2", 1, cause()))
+    assert job.state is JobState.COMPLETED
 
 
 def test_a_paused_job_has_no_worker_and_goes_on_under_new_attempts() -> None:

@@ -133,6 +133,25 @@ def central(folder, *, sites=3, **settings):
     )
 
 
+def parallel(folder, **settings):
+    """Two groups of one site and one aggregator, which know nothing of each other."""
+    groups = ("eu", "na")
+    places = [{"param": group} for group in groups]
+    return write_job(
+        folder,
+        {
+            "trainer": (
+                SITE.format(module="flame.sdk", base="Trainer"),
+                {"isDataConsumer": True, "groupAssociation": places},
+            ),
+            "aggregator": (TOP.format(module="flame.sdk", base="Aggregator"), {"groupAssociation": places}),
+        },
+        [channel("param", "trainer", "aggregator", groups)],
+        {"eu": (0,), "na": (1,)},
+        **settings,
+    )
+
+
 class Run:
     """``flame run`` of a job, with wishes; in a folder of its own, so that nobody else's processes are counted."""
 
@@ -159,14 +178,18 @@ class Run:
             text=True,
         )
 
+    def until(self, found, timeout=60):
+        """Wait until a function finds something; gives it."""
+        deadline = time.monotonic() + timeout
+        while not (what := found()):
+            assert time.monotonic() < deadline, f"it did not come: {os.listdir(self.chaos)}"
+            threading.Event().wait(0.005)
+        return what
+
     def taken(self, wish, timeout=60):
         """Wait until a worker has come to the point of a wish; gives its process id."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            for path in self.chaos.glob(f"{glob_escaped(wish)}.taken-*"):
-                return int(path.name.rpartition("-")[2])
-            threading.Event().wait(0.005)
-        raise AssertionError(f"nobody came to {wish}: {os.listdir(self.chaos)}")
+        found = self.until(lambda: list(self.chaos.glob(f"{glob_escaped(wish)}.taken-*")), timeout)
+        return int(found[0].name.rpartition("-")[2])
 
     def release(self, wish):
         """Let a worker go on that is held."""

@@ -1,12 +1,14 @@
 """A synchronous job whose workers are killed at every point ends by itself, with the model of the undisturbed run to the bit."""
 
+import json
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from survivalkit import bits, central, finish, rounds
+from survivalkit import Run, bits, central, finish, parallel, rounds
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +59,52 @@ def test_the_model_is_that_of_the_undisturbed_run_whoever_is_killed(job, undistu
     assert rounds(document) == [1, 2, 3, 4, 5]
     assert [entry["metrics"] for entry in document["rounds"]] == [e["metrics"] for e in undisturbed[0]["rounds"]]
     assert bits(models) == bits(undisturbed[1])
+
+
+DEAF = """
+from flame.sdk.mode.message import MessageType
+from pathlib import Path
+
+class Deaf(Site):
+    \"\"\"The word that the work is done is lost on its way to it.\"\"\"
+
+    def _newest(self, channel):
+        message = super()._newest(channel)
+        if MessageType.EOT in message and not Path("lost").exists():
+            Path("lost").touch()
+            message = super()._newest(channel)
+        return message
+
+Site = Deaf
+site = """
+
+
+def trainers_completed(run):
+    """How many trainers of the run's one job have completed, as its server says."""
+    url = json.loads((run.data / "server.json").read_text())["url"]
+    with urllib.request.urlopen(f"{url}/v1/jobs") as answer:
+        job = json.load(answer)["items"][0]["id"]
+    with urllib.request.urlopen(f"{url}/v1/jobs/{job}/tasks") as answer:
+        tasks = json.load(answer)["items"]
+    return sum(task["role"] == "trainer" and task["state"] == "completed" for task in tasks)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_who_has_not_heard_that_the_work_is_done_does_not_wait_for_those_who_have_done_it(tmp_path, groups):
+    job = parallel(tmp_path / "job") if groups == 2 else central(tmp_path / "job")
+    script = job / "code" / "trainer" / "main.py"
+    script.write_text(script.read_text().replace("\nsite = ", DEAF))
+    described = json.loads((job / "job.json").read_text())
+    described["policy"]["joinDeadline"] = 600
+    (job / "job.json").write_text(json.dumps(described))
+    wishes = ["aggregator@distribute@2.hold"] if groups == 2 else []
+    with Run(tmp_path, job, wishes) as run:
+        if groups == 2:
+            # The trainer of the other group comes to its end while one aggregator has not even begun its second round.
+            run.taken(wishes[0])
+            run.until(lambda: trainers_completed(run) == 1)
+            run.release(wishes[0])
+        document, models, err = run.result()
+    assert document["state"] == "completed", (document.get("failure"), err)
+    assert not document.get("warnings")
+    assert len(models) == groups

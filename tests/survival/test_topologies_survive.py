@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from survivalkit import asynchronous, bits, coordinated, finish, hybrid, peers, rounds, tree
+from survivalkit import Run, asynchronous, bits, coordinated, finish, hybrid, peers, rounds, tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,14 +63,43 @@ def test_all_rounds_are_done(tmp_path, topology):
     assert models
 
 
-def test_a_split_network_goes_back_to_a_round_that_all_of_its_parties_have(tmp_path):
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """A split network of four rounds, and what it ends with undisturbed."""
     pytest.importorskip("torch")
-    shutil.copytree(ROOT / "examples" / "vertical", tmp_path / "vertical")
-    job = tmp_path / "vertical" / "job.yaml"
-    job.write_text(job.read_text().replace("rounds: 8", "rounds: 4") + "policy: {deterministic: true}\n")
-    document, models = finish(tmp_path, tmp_path / "vertical")
-    wishes = ["laboratory@forward@2.kill", "clinic@train+@3.kill"]
-    again, found = finish(tmp_path, tmp_path / "vertical", wishes, "disturbed")
-    assert rounds(again) == rounds(document) == [1, 2, 3, 4]
+    folder = tmp_path_factory.mktemp("vertical")
+    job = shutil.copytree(ROOT / "examples" / "vertical", folder / "job")
+    text = (job / "job.yaml").read_text().replace("rounds: 8", "rounds: 4")
+    (job / "job.yaml").write_text(text + "policy: {deterministic: true}\n")
+    document, models = finish(folder, job)
     assert len(models) == 4
-    assert bits(found) == bits(models)
+    return job, document, bits(models)
+
+
+def test_a_split_network_goes_back_to_a_round_that_all_of_its_parties_have(tmp_path, split):
+    job, document, expected = split
+    again, found = finish(tmp_path, job, ["laboratory@forward@2.kill", "clinic@train+@3.kill"])
+    assert rounds(again) == rounds(document) == [1, 2, 3, 4]
+    assert bits(found) == expected
+
+
+def test_a_party_that_is_killed_while_it_saves_leaves_its_part_of_the_network_though_the_others_are_gone(
+    tmp_path, split
+):
+    job, _, expected = split
+    with Run(tmp_path, job, ["laboratory@save_model@4.kill"]) as run:
+        run.taken("laboratory@save_model@4.kill")
+        (run.chaos / "laboratory@start@0.hold").touch()
+        run.taken("laboratory@start@0.hold")
+        run.until(lambda: list(run.data.glob("artifacts/*/model.safetensors")))
+        run.release("laboratory@start@0.hold")
+        document, models, err = run.result()
+    assert document["state"] == "completed", (document.get("failure"), err)
+    assert bits(models) == expected
+
+
+@pytest.mark.parametrize("wish", ["clinic@inform_end_of_training@5.kill", "clinic@save_model+@5.kill"])
+def test_an_active_party_that_is_killed_at_the_end_leaves_all_parts_of_the_network(tmp_path, split, wish):
+    job, _, expected = split
+    _, models = finish(tmp_path, job, [wish, "laboratory@save_model@4.kill"])
+    assert bits(models) == expected

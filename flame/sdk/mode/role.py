@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 SHORT_WAIT = 1.0
 
 
+class WorkIsDone(Exception):
+    """Whoever is waited for has done the work, and will not come: there is nothing left for this worker but its own part."""
+
+
 class Role(ABC):
     """Base of all roles. A user's class sets :attr:`config` in its ``__init__``, which need not call this one's.
 
@@ -64,6 +68,7 @@ class Role(ABC):
         self.attempt = int(os.environ.get("FLAME_ATTEMPT") or 1)
         self._kept = Checkpoints(self.link, self.config.policy.checkpoint)
         self.cm = ChannelManager(self.config, rendezvous=self.link.rendezvous, attempt=self.attempt)
+        self.link.on_done = self.cm.wake
         self._seed_round(0)
         self._join_channels()
 
@@ -139,6 +144,8 @@ class Role(ABC):
             Tasklet.watch = lambda point: reach(point, self._round)
         try:
             self.composer.run()
+        except WorkIsDone:
+            log.info("The others have done the work; nothing is left to do here.")
         finally:
             self.close()
 
@@ -198,20 +205,26 @@ class Role(ABC):
         :param whom: says what is waited for, as in ``2 more workers of role trainer``.
         :param timeout: seconds.
         :returns: whether it came.
+        :raises WorkIsDone: it will not come, as the others have done the work.
         """
-        if channel.wait_until(enough, min(SHORT_WAIT, timeout)):
-            return True
-        if timeout > SHORT_WAIT:
+
+        def over() -> bool:
+            return enough() or self.link.done
+
+        came = channel.wait_until(over, min(SHORT_WAIT, timeout))
+        if not came and timeout > SHORT_WAIT:
             self.link.waiting(f"Waiting for {whom()} on channel {channel.name()}.")
-            came = channel.wait_until(enough, timeout - SHORT_WAIT)
+            came = channel.wait_until(over, timeout - SHORT_WAIT)
             self.link.waiting("")
-            return came
-        return False
+        if self.link.done and not channel.wait_until(enough, 0):
+            raise WorkIsDone
+        return came
 
     def await_peer(self, channel: Channel) -> None:
         """Wait until somebody is there, as long as the policy's ``joinDeadline`` allows.
 
         :raises flame.errors.DeadlineExceeded: nobody came.
+        :raises WorkIsDone: nobody will come.
         """
         deadline = self.config.policy.join_deadline
         if not self.wait_for(

@@ -20,7 +20,7 @@ from flame.sdk.channel import Channel
 from flame.sdk.codec import Message
 from flame.sdk.link import Link
 from flame.sdk.mode.distributed.agreement import Plan, Stand
-from flame.sdk.mode.role import SHORT_WAIT
+from flame.sdk.mode.role import SHORT_WAIT, WorkIsDone
 from flame.spec.nouns import RoundPolicy
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ class Post:
                 found = came()
                 if found is not None:
                     return found
+                if self._link.done:
+                    raise WorkIsDone
                 spent = time.monotonic() - begun
                 left = None if timeout is None else timeout - spent
                 if left is not None and left <= 0:
@@ -117,7 +119,10 @@ class Post:
                     told = True
                     self._link.waiting(f"Waiting for {whom()} on channel {channel.name()}.")
                 pause = left if told else SHORT_WAIT - spent if left is None else min(left, SHORT_WAIT - spent)
-                channel.wait_until(lambda: bool(channel.heard()) or channel.all_ends() != members, pause)  # noqa: B023
+                channel.wait_until(
+                    lambda: self._link.done or bool(channel.heard()) or channel.all_ends() != members,  # noqa: B023
+                    pause,
+                )
         finally:
             if told:
                 self._link.waiting("")

@@ -35,6 +35,8 @@ from flame.sdk.mode.vertical.split import (
     BACK_TO,
     HAS,
     KEEP,
+    KEPT,
+    LAST,
     PURPOSE,
     TAG_ALIGN,
     TAG_BACKWARD,
@@ -388,7 +390,11 @@ class ActiveParty(RoundKeeper, Rewinding):
         self._order.set_state(pytorch().from_numpy(np.array(state.arrays["order"])))
 
     def keep_round(self) -> None:
-        """See :class:`RoundKeeper`: all parties keep the round, once the last gradients have arrived."""
+        """See :class:`RoundKeeper`: all parties keep the round, once the last gradients have arrived.
+
+        Behind the last round nobody goes back any more, and each party hands in what it has kept of it, whoever is still there. So that
+        one is kept by all before it counts as kept here.
+        """
         last = self._round >= self._rounds
         if not (self._strict and self._round % self.config.policy.checkpoint.every == 0) and not self._kept.due(
             self._round, last=last
@@ -397,9 +403,31 @@ class ActiveParty(RoundKeeper, Rewinding):
         self._deadline = None
         for end in self._ends:
             if end not in self._absent:
-                message = {MessageType.ROUND: self._round, MessageType.METADATA: {KEEP: True}}
+                told = {KEEP: True, LAST: True} if last else {KEEP: True}
+                message = {MessageType.ROUND: self._round, MessageType.METADATA: told}
                 self._tell(self.channel(TAG_FORWARD), end, {**message, **self._gradient(end)})
+        if last:
+            self._await_kept()
         self._keep_state(self._round)
+
+    def _await_kept(self) -> None:
+        """Wait until all parties have kept the round."""
+        limit = self.config.policy.round_deadline
+        deadline = None if limit is None else time.monotonic() + limit
+        waiting = {end for end in self._ends if end not in self._absent}
+        while waiting:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                for message, (end, _) in self.channel(TAG_FORWARD).recv_fifo(waiting, timeout=left):
+                    if message is None:
+                        self._lose(end, "left")
+                    elif (message.get(MessageType.METADATA) or {}).get(KEPT) != self._round:
+                        continue  # the answer to an older question
+                    waiting = waiting - {end}
+            except DeadlineExceeded:
+                for end in waiting:
+                    self._lose(end, "was too slow (policy.roundDeadline)", for_good=False)
+                return
 
     # At the end.
 

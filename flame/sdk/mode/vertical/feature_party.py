@@ -20,6 +20,7 @@ from flame.sdk.channel import Channel
 from flame.sdk.codec import Message
 from flame.sdk.mode.composer import Composer
 from flame.sdk.mode.message import MessageType
+from flame.sdk.mode.role import WorkIsDone
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.mode.vertical.alignment import hashed
 from flame.sdk.mode.vertical.rewind import PartyLost, Rewinding
@@ -28,6 +29,8 @@ from flame.sdk.mode.vertical.split import (
     BACK_TO,
     HAS,
     KEEP,
+    KEPT,
+    LAST,
     PURPOSE,
     TAG_ALIGN,
     TAG_BACKWARD,
@@ -68,6 +71,11 @@ class FeatureParty(Rewinding):
     _step: int = 0
     _seeded: int = 0
 
+    def internal_init(self) -> None:
+        """See :class:`Role`; nobody else has this party's bottom model."""
+        super().internal_init()
+        self.link.owes()
+
     def forward(self, rows: Any) -> Any:
         """The bottom model's outputs for some samples; for the user to replace where the model takes more than :attr:`x`.
 
@@ -84,7 +92,10 @@ class FeatureParty(Rewinding):
             self._remember_beginning()
         self._request = self._outputs = None
         hashes = hashed(ids_of(self), self.cm.secret(PURPOSE))
-        self.await_peer(channel)
+        try:
+            self.await_peer(channel)
+        except WorkIsDone:
+            return self._end_alone()
         self._source = next(iter(channel.heard()), None) or channel.one_end()
         told = {
             MessageType.IDS: hashes,
@@ -100,7 +111,7 @@ class FeatureParty(Rewinding):
             self._orphaned(channel, error)
             return self.align(tag)
         if self._work_done:
-            return None
+            return self._end_alone()
         back = (message.get(MessageType.METADATA) or {}).get(BACK_TO, 0)
         if (back or self._round > 1 or self._step) and not self._go_back(back):
             raise WorkerError(f"The others go back to round {back}, and what this party had kept of it cannot be read.")
@@ -111,6 +122,18 @@ class FeatureParty(Rewinding):
         self._rows = pytorch().from_numpy(np.array(rows))
         log.info("%d of %d samples are common to all parties.", len(rows), len(hashes))
         return None
+
+    def _end_alone(self) -> None:
+        """The others are done: what this party has kept of the last round is its part of the result.
+
+        :raises flame.errors.WorkerError: it has kept none.
+        """
+        last = int(self.config.hyperparameters.rounds)
+        if last not in self._available() or not self._go_back(last):
+            raise WorkerError(
+                f"The others have done the work, and this party has kept nothing of the last round ({last}): its bottom model is lost."
+            )
+        self._round, self._work_done = last, True
 
     def get(self, tag: str) -> None:
         """What the tasklets ``fetch`` and ``backward`` do: take a request, and step along the gradients that came with it."""
@@ -134,8 +157,11 @@ class FeatureParty(Rewinding):
         request = self._request
         if tag != TAG_FORWARD or request is None:
             return
-        if KEEP in (request.get(MessageType.METADATA) or {}):
+        told = request.get(MessageType.METADATA) or {}
+        if KEEP in told:
             self._keep_state(request[MessageType.ROUND])
+        if LAST in told:
+            self._send(self.channel(tag), {MessageType.METADATA: {KEPT: request[MessageType.ROUND]}}, "kept")
         if MessageType.ROWS not in request:
             return
         torch = pytorch()
@@ -155,14 +181,14 @@ class FeatureParty(Rewinding):
         self._outputs = outputs if training else None
         channel = self.channel(tag)
         channel.set_property("round", self._round)
+        answer = {MessageType.ACTIVATIONS: outputs.detach(), MessageType.STEP: self._step}
+        self._send(channel, answer, "activations")
+
+    def _send(self, channel: Channel, message: dict[Any, Any], kind: str) -> None:
         try:
-            channel.send(
-                self._source,
-                {MessageType.ACTIVATIONS: outputs.detach(), MessageType.STEP: self._step},
-                kind="activations",
-            )
+            channel.send(self._source, message, kind=kind)
         except EndLeft as error:
-            log.info("The outputs of step %d are lost: %s", self._step, error)  # the next fetch sees that it is gone
+            log.info("The %s of step %d are lost: %s", kind, self._step, error)  # the next fetch sees that it is gone
 
     def _backward(self) -> None:
         outputs, self._outputs = self._outputs, None

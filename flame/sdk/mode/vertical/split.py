@@ -18,8 +18,8 @@ PURPOSE = "vertical: sample ids"
 
 
 #: Small values beside a message: the rounds that a party can go back to; the one that all go back to; that all shall align anew; that
-#: all shall keep this round.
-HAS, BACK_TO, ANEW, KEEP = "has", "back", "anew", "keep"
+#: all shall keep this round; that it is the last one, so that the answer is waited for; the answer: it is kept.
+HAS, BACK_TO, ANEW, KEEP, LAST, KEPT = "has", "back", "anew", "keep", "last", "kept"
 
 
 def pytorch() -> Any:

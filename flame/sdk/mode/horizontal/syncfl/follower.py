@@ -21,7 +21,7 @@ from flame.sdk.channel import Channel
 from flame.sdk.checkpoints import State
 from flame.sdk.codec import Message
 from flame.sdk.mode.message import MessageType
-from flame.sdk.mode.role import Role
+from flame.sdk.mode.role import Role, WorkIsDone
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ class Follower(Role):
         """The next message; of several that have gathered the last one, or the one that ends the work."""
         while True:
             if self._source is None or (channel.is_rxq_empty(self._source) and not channel.has(self._source)):
-                self.await_peer(channel)
+                try:
+                    self.await_peer(channel)
+                except WorkIsDone:  # it was said, and lost on its way
+                    return Message({"eot": True}, kind="eot")
                 # Who has left may have said something last, such as that the work is done. No selector is asked: the job's
                 # chooses trainers.
                 self._source = next(iter([*channel.heard(), *channel.all_ends()]), None)
