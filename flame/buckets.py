@@ -7,8 +7,13 @@ role in its cloud; never from a URL or a job's file.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
+import sys
+import threading
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -36,6 +41,7 @@ def open_bucket(url: str, patience: float, purpose: str) -> ObjectStore:
         from obstore.store import from_url
     except ImportError as missing:
         raise MissingExtra("obstore", "cloud", purpose) from missing
+    _leave_in_order()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     try:
         return from_url(
@@ -55,6 +61,26 @@ def open_bucket(url: str, patience: float, purpose: str) -> ObjectStore:
         )
     except (exceptions.BaseError, ValueError) as error:
         raise StoreError(f"The bucket {url} cannot be used: {reason(error)}.") from error
+
+
+@functools.cache
+def _leave_in_order() -> None:
+    """Let the interpreter end only when obstore's threads have left it.
+
+    The thread that answers a request is in Python for a moment longer than whoever is woken by its answer. If the interpreter ends in
+    that moment, the thread is thrown out by unwinding its stack, which Rust doesn't allow: the process is aborted with everything done (PyO3's issue
+    2102; Python 3.14 lets such threads hang instead).
+    """
+    atexit.register(_await_foreign_threads, 2.0)
+
+
+def _await_foreign_threads(patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        ours = {thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
+        if not sys._current_frames().keys() - ours:
+            return
+        time.sleep(0.001)  # and lets them have the interpreter
 
 
 def denied(error: BaseException) -> bool:

@@ -64,6 +64,26 @@ async def test_a_gigabyte_goes_in_and_out_with_memory_flat(s3: Any, tmp_path: Pa
     (s3.folder / s3.bucket / "large/a/large").unlink()
 
 
+async def test_a_process_may_end_right_behind_its_last_answer(s3: Any) -> None:
+    program = """
+        import asyncio, sys
+        from flame.artifacts.bucket import BucketArtifacts
+
+        async def main():
+            place = BucketArtifacts(sys.argv[1])
+            await place.put("large", bytes(24 << 20))
+            async for _ in place.read("large"):
+                pass
+
+        asyncio.run(main())
+    """
+    for number in range(10):  # half of them were aborted
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", textwrap.dedent(program), f"s3://{s3.bucket}/ends/{number}"
+        )
+        assert await process.wait() == 0
+
+
 async def test_a_server_killed_while_it_is_written_to_is_waited_for(s3: Any) -> None:
     place = BucketArtifacts(f"s3://{s3.bucket}/killed")
     reached = {number: asyncio.Event() for number in (40, 100)}
