@@ -263,7 +263,7 @@ def test_who_waits_for_others_that_have_done_the_work_is_told_though_nobody_was_
 def test_the_work_of_one_part_is_done_though_another_goes_on() -> None:
     job = new(trainers=3)
     roles = {"t0": "aggregator", "t1": "trainer", "t2": "aggregator", "t3": "trainer"}
-    tasks = {id: replace(job.tasks[id], role=role, part="ab"[int(id[1]) // 2]) for id, role in roles.items()}
+    tasks = {name: replace(job.tasks[name], role=role, part="ab"[int(name[1]) // 2]) for name, role in roles.items()}
     job = replace(job, tasks=tasks, quorum={"aggregator": 2, "trainer": 2})
     job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Delivered("t0", 1), Completed("t0", 1))
     assert [action for action in actions if isinstance(action, Dismiss)] == [Dismiss("t1", 1)]
