@@ -352,19 +352,26 @@ class Channel:
 
     # Receiving.
 
-    def recv(self, end: str, timeout: float | None = None) -> tuple[codec.Message | None, datetime | None]:
+    def recv(
+        self, end: str, timeout: float | None = None, visits: Mapping[str, int] | None = None
+    ) -> tuple[codec.Message | None, datetime | None]:
         """Receive the next message of an end.
 
         :param timeout: seconds; None waits as long as it takes, or until the end leaves.
+        :param visits: see :meth:`recv_fifo`.
         :returns: the message and when it arrived; ``(None, when)`` when the end is not there or leaves.
         :raises flame.errors.DeadlineExceeded: the time ran out.
         """
-        for message, (_, when) in self.recv_fifo([end], 1, timeout):
+        for message, (_, when) in self.recv_fifo([end], 1, timeout, visits):
             return message, when
         return None, None
 
     def recv_fifo(
-        self, ends: Iterable[str], first_k: int = 0, timeout: float | None = None
+        self,
+        ends: Iterable[str],
+        first_k: int = 0,
+        timeout: float | None = None,
+        visits: Mapping[str, int] | None = None,
     ) -> Iterator[tuple[codec.Message | None, tuple[str, datetime | None]]]:
         """Receive one message of each end, in the order in which they arrive.
 
@@ -374,13 +381,15 @@ class Channel:
         :param ends: whom to wait for.
         :param first_k: stop after so many; what the others send stays for a later call. 0: all of them.
         :param timeout: seconds for all of them together; None waits as long as it takes.
+        :param visits: what :attr:`visits` was when they were asked for what is waited for. Who has come anew since then may not know of it,
+            or its answer was lost with the connection: if nothing of it is here, it counts as one that has left.
         :returns: yields ``(message, (end, when))``; the message is None for an end that is not there or leaves.
         :raises flame.errors.DeadlineExceeded: the time ran out; the text names who is missing.
         """
         ends = list(dict.fromkeys(ends))
         count = min(first_k, len(ends)) if first_k > 0 else len(ends)
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._inbox.waiting(ends) as wait:
+        with self._inbox.waiting(ends, visits) as wait:
             for _ in range(count):
                 # Nothing of the message stays here while the caller has it.
                 yield self._next(wait, deadline, timeout)

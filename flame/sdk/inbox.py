@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -134,12 +134,15 @@ class Inbox:
     # What the channel calls.
 
     @contextmanager
-    def waiting(self, ends: Collection[str]) -> Iterator[Wait]:
-        """Register a wait for one message (or the leaving) of each of ``ends``."""
+    def waiting(self, ends: Collection[str], visits: Mapping[str, int] | None = None) -> Iterator[Wait]:
+        """Register a wait for one message (or the leaving) of each of ``ends``.
+
+        :param visits: by end, the visit whose messages are waited for: who has come anew since then has left, to whoever waits.
+        """
         wait = Wait(ends)
         with self.condition:
             here = [(self._find(end).queue[0].seq, end) for end in wait.pending if self._queued(end)]
-            gone = sorted(end for end in wait.pending if end not in self.present and not self._queued(end))
+            gone = sorted(end for end in wait.pending if not self._queued(end) and self._has_left(end, visits or {}))
             wait.ready.extend(end for _, end in sorted(here))
             wait.ready.extend(gone)
             wait.pending.difference_update(wait.ready)
@@ -231,6 +234,10 @@ class Inbox:
 
     def _find(self, end: str) -> End:
         return self.present.get(end) or self._left[end]
+
+    def _has_left(self, end: str, visits: Mapping[str, int]) -> bool:
+        here = self.visits.get(end, 0)
+        return end not in self.present or here != visits.get(end, here)
 
     def _queued(self, end: str) -> bool:
         known = self.present.get(end) or self._left.get(end)

@@ -159,6 +159,21 @@ def test_an_end_that_comes_back_is_an_end_again(make):
     assert again.recv("a", timeout=5)[0]["x"] == 1
 
 
+def test_who_has_come_anew_since_it_was_asked_has_left_to_whoever_waits_for_its_answer(make):
+    aggregator = make("a", "aggregator", "trainer")
+    one, other = make("t1"), make("t2")
+    asked = aggregator.visits()
+    one.send("a", {"x": 1})
+    for trainer in (one, other):
+        trainer.leave()
+        trainer.join()
+    assert aggregator.recv("t1", 5, asked)[0]["x"] == 1  # it came before the break
+    assert aggregator.recv("t1", 5, asked)[0] is None
+    assert [end for _, (end, _) in aggregator.recv_fifo(["t2"], timeout=5, visits=asked)] == ["t2"]
+    with pytest.raises(DeadlineExceeded):
+        aggregator.recv("t2", 0.01, aggregator.visits())
+
+
 def test_peek_leaves_the_message_and_drain_drops_it(pair):
     aggregator, trainer = pair
     assert aggregator.peek("t1") == (None, None)

@@ -55,6 +55,7 @@ class Tally:
 
     :param deadline: by :func:`time.monotonic`; None: there is none.
     :ivar pending: who owes an update.
+    :ivar visits: of those who were given the round, how often each had come by then: an update may be lost with a broken connection.
     :ivar folded: who has given theirs.
     :ivar partial: who has given a part of theirs.
     :ivar empty: aggregators that had nobody.
@@ -67,6 +68,7 @@ class Tally:
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
         self.pending: set[str] = set()
+        self.visits: dict[str, int] = {}
         self.folded: list[str] = []
         self.refused: dict[str, str] = {}
         self.lost: dict[str, str] = {}
@@ -222,6 +224,8 @@ class RoundAggregator(Role):
         left = self._tally.left()
         told = {key: value for key, value in ((TOLD_SECONDS, left), (TOLD_PATIENCE, patience)) if value}
         outgoing = {**self._outgoing, MessageType.METADATA: told} if told else self._outgoing
+        visits = channel.visits()
+        self._tally.visits.update({end: visits.get(end, 0) for end in ends})
         failed = channel.broadcast(outgoing, ends, left, kind="weights", metadata={"as": self._mark})
         self._tally.lost.update(failed)
         self._tally.pending.update(end for end in ends if end not in failed)
@@ -261,7 +265,8 @@ class RoundAggregator(Role):
             # Those who are late from an earlier round are listened to as well: they are free once they have answered.
             late = [end for end in channel.all_ends() if channel.get_end_property(end, PROP_BUSY) is not None]
             try:
-                for message, (end, _) in channel.recv_fifo([*tally.pending, *late], timeout=tally.left()):
+                asked = [*tally.pending, *late]
+                for message, (end, _) in channel.recv_fifo(asked, timeout=tally.left(), visits=tally.visits):
                     self._take(channel, tally, end, message)
                     del message  # its memory is free before the next one is received
                     if not tally.pending or tally.answered >= tally.target:
@@ -280,7 +285,7 @@ class RoundAggregator(Role):
                 left = tally.left()
                 begun = time.monotonic()
                 try:
-                    message, _ = channel.recv(end, last_look if left == 0 else left)
+                    message, _ = channel.recv(end, last_look if left == 0 else left, tally.visits)
                 except DeadlineExceeded:
                     if left == 0:
                         last_look = max(0.0, last_look - (time.monotonic() - begun))
