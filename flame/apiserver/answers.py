@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from flame.artifacts import Artifact, Artifacts
+from flame.controller.standing import Stay
 from flame.errors import FlameError, TooManyRequests
 from flame.spec.records import Event, Record
 
@@ -21,6 +23,9 @@ T = TypeVar("T")
 
 #: Every so many seconds a stream says that it lives.
 KEEP_ALIVE = 10.0
+#: Seconds that the last words of a stream get to be written, and the bytes before them that its caller may have left unread.
+PARTING = 1.0
+WAITING = 1 << 16
 
 _encode = msgspec.json.Encoder().encode
 
@@ -56,21 +61,31 @@ def refusal(error: FlameError, status: int | None = None) -> web.Response:
     )
 
 
-async def events(request: web.Request, batches: AsyncGenerator[Sequence[Event], None]) -> web.StreamResponse:
-    """Events as lines of JSON; an empty line every so often says that the connection lives."""
+async def events(
+    request: web.Request, stay: Stay, batches: AsyncGenerator[Sequence[Event], None]
+) -> web.StreamResponse:
+    """Events as lines of JSON; an empty line every so often says that the connection lives.
+
+    One whose right has ended gets an event without a number as its last line: ``refused``, ``{type, message}``.
+    """
+
+    def last(error: FlameError) -> bytes:
+        data = {"type": type(error).__name__, "message": error.message}
+        return lines([Event(seq=0, time=time.time(), type="refused", data=data)])
 
     def lines(batch: Sequence[Event]) -> bytes:
         return b"".join(_encode(event) + b"\n" for event in batch)
 
-    return await _stream(request, batches, lines, alive=b"\n", headers={"Content-Type": "application/x-ndjson"})
+    headers = {"Content-Type": "application/x-ndjson"}
+    return await _stream(request, stay, batches, lines, alive=b"\n", last=last, headers=headers)
 
 
 async def text(
-    request: web.Request, pieces: AsyncGenerator[bytes, None], headers: dict[str, str]
+    request: web.Request, stay: Stay, pieces: AsyncGenerator[bytes, None], headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Text as it comes."""
+    """Text as it comes. One whose right has ended breaks off, as a word about that would be taken for a part of the text."""
     headers = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff", **headers}
-    return await _stream(request, pieces, bytes, alive=b"", headers=headers)
+    return await _stream(request, stay, pieces, bytes, alive=b"", last=None, headers=headers)
 
 
 async def artifact(request: web.Request, place: Artifacts, found: Artifact) -> web.StreamResponse:
@@ -117,22 +132,35 @@ def _breaking_off(request: web.Request) -> Iterator[None]:
             request.transport.abort()
 
 
+@contextmanager
+def lasting(request: web.Request, stay: Stay) -> Iterator[None]:
+    """What takes long to be written, for as long as the caller's right lasts."""
+    try:
+        with stay, _breaking_off(request):
+            yield
+    except FlameError:
+        if request.transport is not None:
+            request.transport.abort()
+
+
 async def _stream(
     request: web.Request,
+    stay: Stay,
     source: AsyncGenerator[T, None],
     write: Callable[[T], bytes],
     *,
     alive: bytes,
+    last: Callable[[FlameError], bytes] | None,
     headers: dict[str, str],
 ) -> web.StreamResponse:
-    """Write what comes, until the source ends or the caller goes."""
+    """Write what comes, until the source ends, the caller goes, or the caller's right has ended."""
     response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
     async with aclosing(source):
         await response.prepare(request)
         # The source is never interrupted, which would end it: a task waits for its next piece, and this for the task.
         following = asyncio.ensure_future(_next(source))
         try:
-            with _breaking_off(request):
+            with stay, _breaking_off(request):
                 while True:
                     done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE)
                     if not done:
@@ -146,10 +174,28 @@ async def _stream(
                     if data := write(piece):
                         await response.write(data)
                 await response.write_eof()
+        except FlameError as error:  # of the stay: what goes wrong with the source breaks the answer off
+            await _dismiss(request, response, last(error) if last is not None else None)
         finally:
             following.cancel()
             await asyncio.wait([following])
     return response
+
+
+async def _dismiss(request: web.Request, response: web.StreamResponse, last: bytes | None) -> None:
+    """End a stream, with its last words if it may have any. Who does not read gets none, nor what waits to be sent."""
+    transport = request.transport
+    if transport is None:
+        return
+    try:
+        if last is not None and transport.get_write_buffer_size() < WAITING:
+            async with asyncio.timeout(PARTING):
+                await response.write(last)
+                await response.write_eof()
+            return
+    except (ConnectionError, TimeoutError):
+        pass
+    transport.abort()
 
 
 async def _next(source: AsyncGenerator[T, None]) -> T | None:

@@ -32,13 +32,14 @@ from flame.apiserver import (
 )
 from flame.apiserver.access import Guard, bearer
 from flame.apiserver.audit import Audit
-from flame.apiserver.participants import INVITE
 from flame.apiserver.permissions import Access, check_role, check_scope
 from flame.apiserver.routes import Call, Route
 from flame.apiserver.scopes import SCOPES
 from flame.apiserver.server import Attachments
 from flame.apiserver.workers import AttemptQuery
 from flame.controller.controller import Controller
+from flame.controller.participants import named
+from flame.controller.standing import Right, Stay
 from flame.errors import FlameError, NotFound, ServerError, Unauthorized, UsageError
 from flame.sessions.manager import Manager
 from flame.spec.people import Principal, UserRole
@@ -112,10 +113,13 @@ class Api:
         ask = _asker(route)
         permit = self._permitter(route)
 
-        async def serve(request: web.Request, asking: list[Principal]) -> web.StreamResponse:
+        async def serve(request: web.Request, asking: list[Principal], stay: Stay) -> web.StreamResponse:
             principal = await self.guard.admit(request, route.access)
+            if route.stream:
+                stay.under(*_rights(request, route.access, principal), until=principal.until)
+            invite = None
             if route.access is Access.INVITED:
-                request[INVITE] = invite = await self.controller.participants.open(bearer(request))
+                invite = await self.controller.participants.open(bearer(request))
                 principal = Principal(f"invite {invite.id}", UserRole.PARTICIPANT, ())
             asking.append(principal)
             await permit(request, principal)
@@ -123,7 +127,7 @@ class Api:
             if isinstance(query, AttemptQuery) and route.access is Access.WORKER:  # nothing of a stranger's is read
                 self.controller.check_key(request.match_info["id"], query.attempt, bearer(request))
             body = await read(request) if read is not None else None
-            result = await route.handler(Call(self, request, body, query, principal))
+            result = await route.handler(Call(self, request, body, query, stay, principal, invite))
             if isinstance(result, web.StreamResponse):
                 return result
             return answers.answer(result, route.status)
@@ -132,10 +136,11 @@ class Api:
             asking: list[Principal] = []  # who it is, once that is known
             reason = ""
             try:
-                if route.stream:
-                    response = await serve(request, asking)
-                else:  # begun is done, even if the caller hangs up in the middle
-                    response = await asyncio.shield(_observed(serve(request, asking)))
+                with self.controller.context.standing.stay() as stay:
+                    if route.stream:
+                        response = await serve(request, asking, stay)
+                    else:  # begun is done, even if the caller hangs up in the middle
+                        response = await asyncio.shield(_observed(serve(request, asking, stay)))
             except FlameError as error:
                 if isinstance(error, Unauthorized):
                     error = self.guard.refused(request, error)
@@ -261,6 +266,18 @@ def _asker(route: Route) -> Callable[[web.Request], Any]:
             raise UsageError(f"The parameters of {route.method} {route.path} are wrong: {error}.") from error
 
     return ask
+
+
+def _rights(request: web.Request, access: Access, principal: Principal) -> list[Right]:
+    """By which rights a request is made, be they good or not: that is looked at next."""
+    if access is Access.OPEN:
+        return []
+    if access is Access.INVITED:
+        return [("invite", named(bearer(request)) or "")]
+    if access is Access.WORKER:
+        attempt = request.query.get("attempt", "")
+        return [("task", request.match_info["id"], int(attempt))] if attempt.isdecimal() else []
+    return [("user", principal.name), *([("token", principal.token)] if principal.token else [])]
 
 
 def _observed(work: Awaitable[web.StreamResponse]) -> asyncio.Future[web.StreamResponse]:

@@ -111,7 +111,7 @@ async def events(call: Call[None, EventsQuery]) -> web.StreamResponse:
     """Stream a job's events."""
     query = call.query
     batches = await call.api.controller.events(call.path("id"), query.after, follow=query.follow)
-    return await answers.events(call.request, batches)
+    return await answers.events(call.request, call.stay, batches)
 
 
 async def artifact(call: Call[None, NoQuery]) -> web.StreamResponse:

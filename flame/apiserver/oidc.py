@@ -131,7 +131,8 @@ class Oidc:
             raise Forbidden("Your identity provider vouches for you, but none of your groups may use this server.")
         projects = tuple(dict.fromkeys(settings.projects[group] for group in groups if group in settings.projects))
         # Marked as the provider's, so that nobody there can go by the name of one of the server's own users.
-        return Principal(f"oidc:{name[:200]}", role, projects or (DEFAULT_PROJECT,))
+        until = float(claims["exp"]) + _LEEWAY
+        return Principal(f"oidc:{name[:200]}", role, projects or (DEFAULT_PROJECT,), until=until)
 
     async def _key(self, kid: str) -> Any:
         """The provider's key of that id."""

@@ -16,9 +16,6 @@ from flame.controller.shelf import Saved
 from flame.spec.nouns import Form, Name
 from flame.spec.records import Event, Invitation, Invite, Seat
 
-#: Where the application puts the invite that a request came with.
-INVITE = "flame.invite"
-
 Realm = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 
 
@@ -75,7 +72,7 @@ async def code(call: Call[None, NoQuery]) -> web.Response:
 async def states(call: Call[None, StatesQuery]) -> web.StreamResponse:
     """Stream the job's states."""
     batches = await call.api.controller.participants.states(_invite(call).record, call.query.after)
-    return await answers.events(call.request, batches)
+    return await answers.events(call.request, call.stay, batches)
 
 
 async def seat(call: Call[SeatForm, NoQuery]) -> Seat:
@@ -86,8 +83,8 @@ async def seat(call: Call[SeatForm, NoQuery]) -> Seat:
 
 def _invite(call: Call[Any, Any]) -> Saved[StoredInvite]:
     """What the caller came with: it was opened before anything else was read."""
-    found: Saved[StoredInvite] = call.request[INVITE]
-    return found
+    assert call.invite is not None
+    return call.invite
 
 
 ROUTES = [

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from flame.apiserver.app import Api
+    from flame.controller.context import StoredInvite
+    from flame.controller.shelf import Saved
+    from flame.controller.standing import Stay
 
 __all__ = ["Access", "Call", "Handler", "NewQuery", "NoQuery", "Query", "Route"]
 
@@ -49,14 +52,18 @@ class Call(Generic[B, Q_co]):
     :ivar request: the request itself, for handlers that read or write streams.
     :ivar body: what was sent, decoded to the route's type.
     :ivar query: the parameters.
+    :ivar stay: what a stream is written within: it is interrupted when the caller's right ends.
     :ivar principal: who asks; on a route for workers or for anyone nobody in particular.
+    :ivar invite: the invite that the caller came with, on a route for those.
     """
 
     api: Api
     request: web.Request
     body: B
     query: Q_co
+    stay: Stay
     principal: Principal = NOBODY
+    invite: Saved[StoredInvite] | None = None
 
     def path(self, name: str) -> str:
         """A part of the path, such as the job's ``id``."""

@@ -115,7 +115,7 @@ async def attach(call: Call[None, NoQuery]) -> web.StreamResponse:
     """Keep the server alive."""
     if call.api.attachments.over:
         raise ServerUnreachable("This server is about to end.")
-    return await answers.events(call.request, call.api.attachments.stay())
+    return await answers.events(call.request, call.stay, call.api.attachments.stay())
 
 
 async def document(call: Call[None, NoQuery]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
@@ -16,12 +17,14 @@ from flame.apiserver.access import bearer
 from flame.apiserver.paging import Page, PageQuery, page
 from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Query, Route
 from flame.apiserver.workers import AttemptQuery
-from flame.errors import UsageError
+from flame.errors import FlameError, UsageError
 from flame.sessions.link import Link
 from flame.sessions.manager.clients import Client
 from flame.sessions.wire import UPGRADE
 from flame.spec.records import Event
 from flame.spec.sessions import Application, AppRecord, SessionForm, SessionRecord, SessionState, WorkRecord, WorkState
+
+log = logging.getLogger("flame.apiserver")
 
 
 class SessionsQuery(PageQuery, frozen=True, kw_only=True):
@@ -54,8 +57,9 @@ class _Taken(web.StreamResponse):
         """Write nothing."""
 
 
-async def _take_over(request: web.Request, link: Link) -> web.StreamResponse:
+async def _take_over(call: Call[Any, Any], link: Link) -> web.StreamResponse:
     """Let a link have a request's connection, until it is over."""
+    request = call.request
     if request.headers.get("Upgrade", "").lower() != UPGRADE:
         raise UsageError(f"This is for clients of sessions: the request must say 'Upgrade: {UPGRADE}'.")
     transport, before = request.transport, request.protocol
@@ -75,7 +79,10 @@ async def _take_over(request: web.Request, link: Link) -> web.StreamResponse:
     transport.set_protocol(link)
     link.connection_made(transport)
     try:
-        await over.wait()
+        with call.stay:
+            await over.wait()
+    except FlameError as error:  # whoever it is comes back, and hears why
+        log.info("a session's connection is ended: %s", error)
     finally:
         if not link.lost:
             transport.abort()
@@ -87,13 +94,13 @@ async def _take_over(request: web.Request, link: Link) -> web.StreamResponse:
 async def connect_client(call: Call[None, NewQuery]) -> web.StreamResponse:
     """Be a client's connection."""
     client = Client(call.api.sessions, sees=call.sees, project=call.project, owner=call.principal.name)
-    return await _take_over(call.request, client.link)
+    return await _take_over(call, client.link)
 
 
 async def connect_executor(call: Call[None, AttemptQuery]) -> web.StreamResponse:
     """Be an executor's connection."""
     executor = call.api.sessions.door.connected(call.path("id"), call.query.attempt, bearer(call.request))
-    return await _take_over(call.request, call.api.sessions.door.attach(executor))
+    return await _take_over(call, call.api.sessions.door.attach(executor))
 
 
 async def create_app(call: Call[Application, NewQuery]) -> AppRecord:
@@ -189,7 +196,7 @@ async def delete(call: Call[None, NoQuery]) -> None:
 async def watch(call: Call[None, NoQuery]) -> web.StreamResponse:
     """Stream a session's counts."""
     record = await call.api.sessions.register.get(call.path("id"))
-    return await answers.events(call.request, _counts(call, record))
+    return await answers.events(call.request, call.stay, _counts(call, record))
 
 
 async def _counts(call: Call[Any, Any], record: SessionRecord) -> AsyncGenerator[Sequence[Event], None]:

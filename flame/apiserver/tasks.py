@@ -34,7 +34,7 @@ async def log(call: Call[None, LogQuery]) -> web.StreamResponse:
     """Give a task's log."""
     query = call.query
     attempt, pieces = await call.api.controller.log(call.path("id"), query.attempt, query.offset, follow=query.follow)
-    return await answers.text(call.request, pieces, {"Flame-Attempt": str(attempt)})
+    return await answers.text(call.request, call.stay, pieces, {"Flame-Attempt": str(attempt)})
 
 
 _ONE = "/v1/tasks/{id}"

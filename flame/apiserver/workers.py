@@ -84,7 +84,7 @@ async def orders(call: Call[None, OrdersQuery]) -> web.StreamResponse:
     """Stream a task's events to its flamelet."""
     supervisor, task, attempt = _enter(call)
     batches = await call.api.controller.orders(supervisor, task, attempt, call.query.after)
-    return await answers.events(call.request, batches)
+    return await answers.events(call.request, call.stay, batches)
 
 
 async def manifest(call: Call[None, AttemptQuery]) -> Manifest:
@@ -121,12 +121,12 @@ async def log(call: Call[Any, AppendQuery]) -> Size:
 
 async def artifact(call: Call[Any, AttemptQuery]) -> Kept:
     """Take in an artifact; the worker lives while it sends."""
-    supervisor, task, attempt = _enter(call)
+    supervisor, _, _ = _enter(call)
     controller = call.api.controller
 
     async def pieces() -> AsyncIterator[bytes]:
         async for piece in call.request.content.iter_any():
-            controller.context.leases.renew((supervisor.id, task, attempt))
+            _enter(call)  # what an older attempt sends must not take the place of what the next one does
             yield piece
 
     return Kept(path=await controller.context.artifacts.put(supervisor.id, call.path("name"), pieces()))
@@ -141,12 +141,12 @@ def _round(call: Call[Any, Any]) -> int:
 
 async def keep(call: Call[Any, AttemptQuery]) -> Adopted:
     """Take in a checkpoint; the worker lives while it sends."""
-    supervisor, task, attempt = _enter(call)
+    supervisor, task, _ = _enter(call)
     controller, number = call.api.controller, _round(call)
 
     async def pieces() -> AsyncIterator[bytes]:
         async for piece in call.request.content.iter_any():
-            controller.context.leases.renew((supervisor.id, task, attempt))
+            _enter(call)  # what an older attempt sends must not take the place of what the next one does
             yield piece
 
     most = supervisor.job.form.policy.checkpoint.keep
@@ -170,10 +170,11 @@ async def checkpoint(call: Call[None, AttemptQuery]) -> web.StreamResponse:
     kept, number = call.api.controller.context.checkpoints, _round(call)
     size = await kept.size(supervisor.id, task, number)
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Length": str(size)})
-    await response.prepare(call.request)
-    async for piece in kept.read(supervisor.id, task, number):
-        await response.write(piece)
-    await response.write_eof()
+    with answers.lasting(call.request, call.stay):
+        await response.prepare(call.request)
+        async for piece in kept.read(supervisor.id, task, number):
+            await response.write(piece)
+        await response.write_eof()
     return response
 
 

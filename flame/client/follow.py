@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from flame.client.http import Query, Session
+from flame.client.http import Query, Session, refusal
 from flame.errors import FlameError, ServerError, TooManyRequests
 from flame.spec.records import Event
 
@@ -101,7 +101,7 @@ async def resumed(
             async with session.open("GET", path, query={**query, "after": after}) as answer:
                 async for line in answer.lines():
                     backoff.succeeded()
-                    if line and (event := _event(line)).seq > after:
+                    if line and (event := read_event(line)).seq > after:
                         after = event.seq
                         yield event
             if ended is not None and await ended():
@@ -113,8 +113,16 @@ async def resumed(
             await backoff.failed(error)
 
 
-def _event(line: bytes) -> Event:
+def read_event(line: bytes) -> Event:
+    """The event of a stream's line.
+
+    :raises flame.errors.FlameError: it is the last word of a stream whose right has ended, such as Unauthorized of a revoked token;
+        or it is no event.
+    """
     try:
-        return _decode(line)
+        event = _decode(line)
     except msgspec.MsgspecError as error:
         raise ServerError(f"The server sent an event that is none ({error}).") from error
+    if not event.seq and event.type == "refused":
+        raise refusal(str(event.data.get("type")), str(event.data.get("message")))
+    return event

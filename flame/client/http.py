@@ -37,12 +37,14 @@ _ERRORS = {
     cls.__name__: cls
     for cls in (
         errors.UsageError,
+        errors.SpecError,
         errors.NotFound,
         errors.Conflict,
         errors.Unauthorized,
         errors.Forbidden,
         errors.TooManyRequests,
         errors.ServerError,
+        errors.ServerUnreachable,
         errors.StoreError,
         errors.RunnerError,
     )
@@ -264,6 +266,11 @@ async def _pieces(data: bytes | IO[bytes]) -> AsyncIterator[bytes | memoryview]:
         yield piece
 
 
+def refusal(name: str, message: str) -> errors.FlameError:
+    """The error of this name, as the server says it."""
+    return _ERRORS.get(name, ServerError)(message)
+
+
 def _refusal(server: str, what: str, status: int, content: bytes) -> errors.FlameError:
     """The error that an answer stands for. One that has not Flame's form is of a proxy or of a stranger."""
     try:
@@ -273,9 +280,7 @@ def _refusal(server: str, what: str, status: int, content: bytes) -> errors.Flam
         if status == 404 and what.startswith("HEAD "):  # such an answer has no body
             return errors.NotFound(f"{server} has nothing at {what.removeprefix('HEAD ')}.")
         return ServerError(f"{server} answered {what} with status {status} and no reason: is this a Flame server?")
-    if name == "SpecError":
-        return errors.SpecError(message)
-    return _ERRORS.get(name, ServerError)(message)
+    return refusal(name, message)
 
 
 def _length(data: bytes | IO[bytes]) -> int:

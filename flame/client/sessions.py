@@ -7,10 +7,9 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 
-from flame.client.follow import Backoff, OnLost, transient
+from flame.client.follow import Backoff, OnLost, read_event, transient
 from flame.client.resources import Noun, Page, pages
 from flame.errors import FlameError, ServerError
-from flame.spec.records import Event
 from flame.spec.sessions import (
     Application,
     AppRecord,
@@ -106,7 +105,7 @@ class Sessions(Noun):
                         backoff.succeeded()
                         if not line:
                             continue
-                        data = msgspec.json.decode(line, type=Event).data
+                        data = read_event(line).data
                         state = SessionState(data["state"])
                         yield state, msgspec.convert(data, Counts)
                         if state is SessionState.CLOSED:

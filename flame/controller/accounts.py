@@ -18,9 +18,11 @@ from collections.abc import Iterable
 import msgspec
 
 from flame.controller.shelf import Saved, Shelf
-from flame.errors import Conflict, Forbidden, NotFound, SpecError
+from flame.controller.standing import Standing
+from flame.errors import Conflict, Forbidden, NotFound, ServerUnreachable, SpecError, Unauthorized
 from flame.spec.people import (
     DEFAULT_PROJECT,
+    LOCAL,
     NewToken,
     NewUser,
     Principal,
@@ -47,9 +49,11 @@ class Accounts:
     """Who may use a server.
 
     :param store: the state.
+    :param standing: what is open by a token or a user's rights, and ends with them.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, standing: Standing) -> None:
+        self._standing = standing
         self._users: Shelf[User] = Shelf(store, "users", User)
         self._tokens: Shelf[StoredToken] = Shelf(store, "tokens", StoredToken)
         self._projects: Shelf[Project] = Shelf(store, "projects", Project)
@@ -78,7 +82,8 @@ class Accounts:
         saved = self._known.get(stored.token.user)
         if saved is None:
             return None
-        return Principal(saved.record.name, saved.record.role, tuple(saved.record.projects), stored.token.id)
+        user, token = saved.record, stored.token
+        return Principal(user.name, user.role, tuple(user.projects), token.id, token.expires_at)
 
     # ------------------------------------------------------------------------------------------------- users
 
@@ -100,9 +105,12 @@ class Accounts:
             saved = await self._users.insert(user.name, user)
         except Conflict:
             raise Conflict(f"There is a user {user.name!r} already.") from None
+        await self._forget_all(user.name)  # of somebody who had this name before, and was removed in the same instant
         # The token is there before the user counts: from the first user on nobody gets in without one.
         token = await self._issue(user.name, TokenForm(description="the first one"))
         self._known[user.name] = saved
+        if len(self._known) == 1:
+            self._standing.end(("user", LOCAL.name), Unauthorized("This server has users now: it needs a token."))
         return NewUser(user=user, token=token)
 
     def users(self) -> list[User]:
@@ -114,7 +122,7 @@ class Accounts:
         return self._user(name).record
 
     async def update_user(self, name: str, change: UserChange) -> User:
-        """Give a user another role or other projects. It holds from their next request on."""
+        """Give a user another role or other projects. It holds at once: what they have open ends; what they still may, they open again."""
         saved = self._user(name)
         if change.role not in (None, UserRole.ADMIN):
             self._keep_an_admin(name)
@@ -122,16 +130,18 @@ class Accounts:
             self._check_projects(change.projects)
         given = {key: value for key, value in msgspec.structs.asdict(change).items() if value is not None}
         await self._users.put(saved, msgspec.structs.replace(saved.record, **given))
+        changed = ServerUnreachable(f"What {name!r} may do here has changed, so the connection was ended.")
+        self._standing.end(("user", name), changed)
         return saved.record
 
     async def delete_user(self, name: str) -> None:
         """Remove a user, and with them all their tokens. What they own stays."""
         self._user(name)
         self._keep_an_admin(name)
-        for token in [one for one in self._shown.values() if one.record.token.user == name]:
-            await self._forget(token)
+        await self._forget_all(name)
         await self._users.delete(name)
         del self._known[name]
+        self._standing.end(("user", name), Unauthorized(f"The user {name!r} was removed."))
 
     def _user(self, name: str) -> Saved[User]:
         if name not in self._known:
@@ -198,6 +208,11 @@ class Accounts:
         await self._tokens.delete(saved.id)
         self._by_hash.pop(saved.record.hash, None)
         self._shown.pop(saved.id, None)
+        self._standing.end(("token", saved.id), Unauthorized("This token is no longer valid: it was revoked."))
+
+    async def _forget_all(self, user: str) -> None:
+        for token in [one for one in self._shown.values() if one.record.token.user == user]:
+            await self._forget(token)
 
     async def _forget_expired(self) -> None:
         """Tokens that are long past their time need not be kept; for a month they are shown, as people wonder."""

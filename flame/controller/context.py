@@ -20,6 +20,7 @@ from flame.controller.keys import Keys
 from flame.controller.leases import Leases
 from flame.controller.logs import Logs
 from flame.controller.shelf import Shelf
+from flame.controller.standing import Standing
 from flame.notifier import Notifier
 from flame.runners.base import Runner
 from flame.spec.nouns import Broker, Registry
@@ -163,6 +164,7 @@ class Context:
         self.checkpoints = Checkpoints(artifacts, options.data_dir, options.largest_artifact)
         self.bundles = Bundles(store, artifacts)
         self.background = Background()
+        self.standing = Standing()
         self.jobs: Shelf[Job] = Shelf(store, "jobs", Job)
         self.tasks: Shelf[StoredTask] = Shelf(store, "tasks", StoredTask)
         self.designs: Shelf[Design] = Shelf(store, "designs", Design)

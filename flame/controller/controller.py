@@ -31,7 +31,8 @@ from flame.controller.register import Register
 from flame.controller.shelf import Saved
 from flame.controller.submission import Submission
 from flame.controller.supervisor import Supervisor
-from flame.errors import Conflict, Forbidden, NotFound, Unauthorized
+from flame.controller.workers import too_late
+from flame.errors import Conflict, NotFound, Unauthorized
 from flame.notifier import Notifier
 from flame.runners.base import Runner, WorkerExit, WorkerInfo
 from flame.spec.nouns import Compute, JobForm, Registry, TaskConfig
@@ -67,7 +68,7 @@ class Controller:
         self.computes = self.context.computes
         self.computes.add_tenant(self)
         self.register = Register(self.context)
-        self.accounts = Accounts(store)
+        self.accounts = Accounts(store, self.context.standing)
         self.catalog = Catalog(self.context)
         self._submission = Submission(self.context, self.catalog)
         self.participants = Participants(self)
@@ -412,7 +413,7 @@ class Controller:
         self.check_key(task, attempt, key)
         supervisor = self._of_task.get(task)
         if supervisor is None:
-            raise Forbidden(f"Attempt {attempt} of task {task} is over: its job has ended.")
+            raise too_late(task, attempt, "its job has ended")
         supervisor.worker(task, attempt)
         self.context.leases.renew((supervisor.id, task, attempt))
         return supervisor

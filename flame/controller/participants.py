@@ -96,6 +96,7 @@ class Participants:
             if saved is None or saved.record.job_id != job:
                 raise NotFound(f"The job {job} has no invite {id!r}.")
             await self._context.invites.put(saved, msgspec.structs.replace(saved.record, revoked=True))
+            self._context.standing.end(("invite", id), Unauthorized("This invite was taken back; ask for a new one."))
             supervisor = self._controller.supervisor(job)
             if supervisor is not None:
                 for task in supervisor.tasks:
@@ -106,14 +107,15 @@ class Participants:
         """The job is deleted, and its invites with it."""
         for saved in await self._context.invites.all({"jobId": job}):
             await self._context.invites.delete(saved.id)
+            self._context.standing.end(("invite", saved.id), Unauthorized("The job of this invite was removed."))
 
     async def open(self, token: str | None) -> Saved[StoredInvite]:
         """The invite of a token. It may be used up or have expired; who came with it in time may come back.
 
         :raises flame.errors.Unauthorized: there is no such invite, or it was taken back.
         """
-        parts = (token or "").split(".")
-        saved = await self._context.invites.get(parts[1]) if len(parts) == 3 and parts[0] == PREFIX else None
+        number = named(token)
+        saved = await self._context.invites.get(number) if number is not None else None
         if token is None:
             raise Unauthorized("This is for participants only: it needs an invite's token (`flame job invite JOB`).")
         if saved is None or not hmac.compare_digest(_digest(token), saved.record.digest):
@@ -236,6 +238,12 @@ class Participants:
             code=job.code,
             key=None if task.state.ended else self._context.keys.task(task.id, task.attempt),
         )
+
+
+def named(token: str | None) -> str | None:
+    """The id of the invite that a token says it is of; None for what is no invite's token."""
+    parts = (token or "").split(".")
+    return parts[1] if len(parts) == 3 and parts[0] == PREFIX else None
 
 
 def fits(place: str, realm: str) -> bool:

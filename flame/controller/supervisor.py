@@ -40,8 +40,7 @@ from flame.controller.ledger import Ledger, surely
 from flame.controller.placement import Need, need_of, placement_of
 from flame.controller.rendezvous import Rendezvous
 from flame.controller.shelf import Saved
-from flame.controller.workers import Crew, Worker
-from flame.errors import Forbidden
+from flame.controller.workers import Crew, Worker, too_late
 from flame.runners.base import WorkerExit, WorkerInfo
 from flame.spec.nouns import Placement
 from flame.spec.records import Failure, Job, JobState, Model, Record, Report, TaskState
@@ -128,15 +127,14 @@ class Supervisor:
     def worker(self, task: str, attempt: int) -> Worker:
         """The worker that speaks for this attempt.
 
-        :raises flame.errors.Forbidden: there is a newer attempt, or there never was this one.
+        :raises flame.errors.Forbidden: there is a newer attempt, there never was this one, or its worker is gone.
         """
-        life = self._life.tasks[task]
-        newest = life.attempt
+        newest = self._life.tasks[task].attempt
         worker = self._crew.get(task, attempt)
         if attempt != newest or worker is None:
-            raise Forbidden(f"Attempt {attempt} of task {task} is over: the newest is {newest}.")
-        if life.brought and worker.gone.is_set():
-            raise Forbidden(f"Attempt {attempt} of task {task} is over: it has left.")
+            raise too_late(task, attempt, f"the newest is {newest}")
+        if worker.gone.is_set():
+            raise too_late(task, attempt)
         return worker
 
     # ------------------------------------------------------------------------------------------ what happens
@@ -416,8 +414,12 @@ class Supervisor:
             self._places.pop(ask.task, None)
             self._hold(ask.task, ask.attempt, fields[ask.task]["compute"])
         for task in changed:
-            for attempt in before.tasks[task.id].live - task.live:
+            was = before.tasks[task.id]
+            for attempt in was.live - task.live:
                 self._context.computes.give((self.id, task.id, attempt))
+            if was.attempt < task.attempt:
+                late = too_late(task.id, was.attempt, f"the newest is {task.attempt}")
+                self._context.standing.end(("task", task.id, was.attempt), late)
         news: list[Entry] = [("warning", {"message": one.message}) for one in actions if isinstance(one, events.Warn)]
         news += [task_news(self._ledger.task(task)) for task in fields]
         news += [job_news(self._ledger.job, state) for state in states]

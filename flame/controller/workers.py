@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from flame.controller.context import Context, log
 from flame.controller.events import Gone
-from flame.errors import FlameError, RunnerError
+from flame.errors import FlameError, Forbidden, RunnerError
 from flame.runners.base import WorkerExit, WorkerInfo, WorkerSpec
 from flame.spec.nouns import Placement
 from flame.spec.records import Failure
@@ -147,6 +147,7 @@ class Crew:
         worker = self._workers.get((task, attempt))
         if worker is not None and not worker.gone.is_set():
             worker.gone.set()
+            self._cut(worker)
             self._context.leases.drop((self._job, task, attempt))
             self._context.logs.close(self._job, task, attempt)
 
@@ -296,11 +297,16 @@ class Crew:
         if worker.gone.is_set():
             return
         worker.gone.set()
+        self._cut(worker)
         self._words.pop((worker.task, worker.attempt), None)
         self._context.leases.drop(key)
         await self._happened(Gone(worker.task, worker.attempt, failure))
         self._context.logs.close(*key)
         self._context.computes.give(key)
+
+    def _cut(self, worker: Worker) -> None:
+        """The key of the attempt opens nothing any more, and nothing that it has opened stays open."""
+        self._context.standing.end(("task", worker.task, worker.attempt), too_late(worker.task, worker.attempt))
 
     async def _last_words(self, worker: Worker) -> list[str]:
         """What the worker itself has printed, for one that never got to run its task's code."""
@@ -316,6 +322,11 @@ class Crew:
     def _failure(self, worker: Worker, role: str, message: str) -> Failure:
         tail = self._context.logs.tail(self._job, worker.task, worker.attempt)
         return Failure(message=message, task=worker.task, role=role, attempt=worker.attempt, log=tail)
+
+
+def too_late(task: str, attempt: int, why: str = "its worker has left") -> Forbidden:
+    """What is said to whoever comes with the key of an attempt that is over."""
+    return Forbidden(f"Attempt {attempt} of task {task} is over: {why}.")
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

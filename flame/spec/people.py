@@ -7,6 +7,7 @@ how somebody has shown who they are, nor from where.
 from __future__ import annotations
 
 import enum
+import math
 from typing import Annotated, NamedTuple
 
 from msgspec import Meta, field
@@ -44,12 +45,14 @@ class Principal(NamedTuple):
     :ivar role: what they may do.
     :ivar projects: where; an admin may everywhere. The first one is where new things go that say no project.
     :ivar token: the id of the token that was shown, where there was one.
+    :ivar until: when that token expires, in seconds since the epoch.
     """
 
     name: str
     role: UserRole
     projects: tuple[str, ...] = (DEFAULT_PROJECT,)
     token: str = ""
+    until: float = math.inf
 
     @property
     def admin(self) -> bool:

@@ -289,6 +289,9 @@ class Event(Record, kw_only=True):
     * ``start``: ``{attempt}``: fetch the manifest and run it
     * ``stop``: ``{reason}``: end the child, report, exit
     * ``peers``: ``{channel, group, joined: [member], left: [end]}``
+
+    Any stream ends with one that is not stored and has the number 0, ``refused``: ``{type, message}``, when its caller may not follow it
+    any more: the token was revoked or has expired, the attempt is over, the invite was taken back.
     """
 
     seq: int

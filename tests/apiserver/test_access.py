@@ -17,6 +17,7 @@ from flame.apiserver.audit import Audit
 from flame.apiserver.limiter import ADDRESSES, Limiter
 from flame.client import Client
 from flame.controller.accounts import PREFIX, Accounts
+from flame.controller.standing import Standing
 from flame.errors import Conflict, NotFound, SpecError, StoreError, TooManyRequests, Unauthorized, UsageError
 from flame.serve import ServeSettings, run_server, serve
 from flame.spec.people import LOCAL, TokenForm, UserForm, UserRole
@@ -96,7 +97,7 @@ async def test_a_worker_s_wrong_key_counts_too(served: Any) -> None:
 
 async def test_what_is_kept_of_a_token_is_no_use_to_who_reads_the_store(tmp_path: Path) -> None:
     store = open_store("sqlite:///state.db", tmp_path)
-    accounts = Accounts(store)
+    accounts = Accounts(store, Standing())
     await accounts.open()
     made = await accounts.create_user(UserForm(name="ada", role=UserRole.ADMIN))
     secret = made.token.token
@@ -105,7 +106,7 @@ async def test_what_is_kept_of_a_token_is_no_use_to_who_reads_the_store(tmp_path
     kept = json.dumps([document.body for document in await store.find("tokens")])
     assert secret not in kept
     assert secret.removeprefix(PREFIX) not in kept
-    again = Accounts(store)
+    again = Accounts(store, Standing())
     await again.open()
     found = again.principal(secret)
     assert found is not None
@@ -117,7 +118,7 @@ async def test_what_is_kept_of_a_token_is_no_use_to_who_reads_the_store(tmp_path
 
 async def test_tokens_end(tmp_path: Path) -> None:
     store = open_store("sqlite:///state.db", tmp_path)
-    accounts = Accounts(store)
+    accounts = Accounts(store, Standing())
     await accounts.open()
     await accounts.create_user(UserForm(name="ada", role=UserRole.ADMIN))
     short = await accounts.create_token(TokenForm(user="ada", days=1e-12), LOCAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import sys
 from collections.abc import AsyncIterator
@@ -114,6 +115,16 @@ async def test_an_executor_needs_its_own_key_and_one_that_was_given_up_stays_out
         assert await asyncio.to_thread(knock, name, keys.task("0" * 16, 1)) == 401
         assert await asyncio.to_thread(knock, name, keys.task(name, 2), 2) == 403
         assert await asyncio.to_thread(knock, "0" * 16, keys.task("0" * 16, 1)) == 403
+        # Who has stolen the key and says nothing is shut out with the executor.
+        stolen = await asyncio.to_thread(
+            dialing.dial, served.url, f"/v1/executors/{name}/link?attempt=1", keys.task(name, 1)
+        )
+    await manager.stop_all()
+    with stolen:
+        stolen.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.to_thread(stolen.recv, 1) == b""
+    assert await asyncio.to_thread(knock, name, keys.task(name, 1)) == 403
 
 
 @pytest.mark.parametrize(

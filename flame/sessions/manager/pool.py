@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from flame.errors import FlameError
+from flame.errors import FlameError, Forbidden
 from flame.sessions import wire
 from flame.sessions.lifecycle import MOST_DEATHS, MOST_FAILED_BINDS
 from flame.sessions.link import Link
@@ -211,6 +211,7 @@ class Pool:
         link, executor.link = executor.link, None
         if link is not None:
             link.close()
+        self._shut_out(executor)
         live = executor.live
         if live is not None:
             first = next(iter(live.book.given(executor.id).values()), None)
@@ -240,7 +241,13 @@ class Pool:
 
     async def _finish(self, executor: Executor, grace: float) -> None:
         await self._workers.end(executor, grace)
+        self._shut_out(executor)
         await self._forget(executor)
+
+    def _shut_out(self, executor: Executor) -> None:
+        """Whatever an executor's key has opened is closed."""
+        over = Forbidden(f"Executor {executor.id} is not known any more.")
+        self._floor.context.standing.end(("task", executor.id, 1), over)
 
     async def _forget(self, executor: Executor) -> None:
         """Nothing is left of an executor."""
