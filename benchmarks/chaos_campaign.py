@@ -7,14 +7,16 @@ rounds or another model than the undisturbed one, changed its state as it may no
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+
+from flame.chaos import interrupt
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "chaos"))
 from campaign import ACTS, TARGETS, Result, campaign, draw
@@ -50,19 +52,28 @@ def main() -> int:
     cases = [case for case in cases if re.search(arguments.only, str(case))]
     folder = arguments.folder or pathlib.Path(tempfile.mkdtemp(prefix="flame-campaign-"))
     began = time.monotonic()
+    lost: list[str] = []
 
     def tell(result: Result) -> None:
+        if result.faults:
+            lost.append(str(result.case))
         verdict = "LOST " + " | ".join(result.faults) if result.faults else "ok" if result.done else "ok, never there"
         print(
             f"{time.monotonic() - began:7.1f} {result.seconds:6.1f} s  {result.case}  [{result.what}]  {verdict}",
             flush=True,
         )
 
-    results, skipped = asyncio.run(campaign(cases, folder, arguments.seed, lanes=arguments.lanes, tell=tell))
+    try:
+        results, skipped = interrupt.run(campaign(cases, folder, arguments.seed, lanes=arguments.lanes, tell=tell))
+    except KeyboardInterrupt:
+        print("Interrupted; all that was started has been ended.", flush=True)
+        return 130
+    finally:
+        if not lost and not arguments.folder:
+            shutil.rmtree(folder)
     print(table(results))
     for kind, why in skipped.items():
-        print(f"{kind}: not run, because {why}")
-    lost = [str(result.case) for result in results if result.faults]
+        print(f"Without {kind}: {why}.")
     print(
         json.dumps(
             {

@@ -119,18 +119,24 @@ class Drill:
             pid, name = process.pid, f"{'flamelet of ' if process.flamelet else ''}{process.task}.{process.attempt}"
         match deed.act:
             case "kill":
-                part.kill() if part is not None else acts.kill(pid)
-                self._release(deed)
                 if part is not None:
-                    await asyncio.sleep(deed.seconds)
-                    await part.start()
+                    part.kill()
+                    self._release(deed)
+                    try:
+                        await asyncio.sleep(deed.seconds)
+                    finally:  # also if the trial is broken off meanwhile: it is perhaps not ours alone
+                        await part.start()
                     return Done(deed=str(deed), done=True, what=f"killed {name} ({pid}) and started it again")
+                acts.kill(pid)
+                self._release(deed)
                 return Done(deed=str(deed), done=True, what=f"killed {name} ({pid})")
             case "pause":
                 acts.freeze(pid)
                 self._release(deed)
-                await asyncio.sleep(deed.seconds)
-                acts.thaw(pid)
+                try:
+                    await asyncio.sleep(deed.seconds)
+                finally:
+                    acts.thaw(pid)
                 return Done(deed=str(deed), done=True, what=f"stopped {name} ({pid}) for {deed.seconds:g} s")
             case "cut":
                 number = acts.cut(pid)

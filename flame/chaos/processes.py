@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
+from flame.chaos import acts
+
 #: The variable by which the local runner knows its workers: ``INSTANCE/JOB/TASK/ATTEMPT``.
 _MARK = "FLAME_WORKER"
 _LAUNCHER = "flame.sdk.launch"
+#: The variable that a server of a trial has, and everybody whom it starts.
+FOLDER = "FLAME_CHAOS"
+_LOOK = 0.02  # seconds between two looks
 
 
 class Process(NamedTuple):
@@ -39,11 +46,35 @@ def marked(job: str) -> list[int]:
     return [process.pid for process in psutil.process_iter() if _mark(process)[1:2] == [job]]
 
 
+def of_folder(folder: Path) -> list[int]:
+    """All processes that were started for trials with a folder: servers, workers, and what they have started in turn.
+
+    :param folder: their ``FLAME_CHAOS``.
+    """
+    return [process.pid for process in psutil.process_iter() if _variable(process, FOLDER) == str(folder)]
+
+
+async def end_all(folder: Path) -> None:
+    """Kill all that was started for trials with a folder, and return when none of it is left.
+
+    :param folder: their ``FLAME_CHAOS``.
+    """
+    while there := await asyncio.to_thread(of_folder, folder):
+        for pid in there:
+            acts.kill(pid)
+        await asyncio.sleep(_LOOK)  # nobody tells of the end of a process that is not one's child
+
+
 def _mark(process: psutil.Process) -> list[str]:
+    return _variable(process, _MARK).split("/")
+
+
+def _variable(process: psutil.Process, name: str) -> str:
+    """A variable of a process; empty for one that has none, is about to end, or is somebody else's."""
     try:
-        return process.environ().get(_MARK, "").split("/")
+        return process.environ().get(name, "")
     except psutil.Error:
-        return []
+        return ""
 
 
 def _worker(process: psutil.Process, job: str) -> Process | None:

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import psutil
 
-from flame.chaos import acts
 from flame.client.client import Client
 from flame.client.follow import insist
 from flame.client.local import address
@@ -43,13 +42,21 @@ class Server:
     :param data_dir: its data directory.
     :param environment: variables in addition to those of this process.
     :param options: of ``flame serve``.
+    :param through: a command that it is started through, such as ``nice``; it must become the server, and start no process for it.
     """
 
-    def __init__(self, data_dir: Path, environment: Mapping[str, str], options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        environment: Mapping[str, str],
+        options: Sequence[str] = (),
+        *,
+        through: Sequence[str] = (),
+    ) -> None:
         self._data_dir = data_dir
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
         self._environment |= {"FLAME_DATA_DIR": str(data_dir), **environment}
-        self._options = options
+        self._command = [*through, sys.executable, "-m", "flame", "serve", "--port", "0", *options]
         self._process: subprocess.Popen[bytes] | None = None
         self.log = data_dir / "server.log"
         #: Where it listens.
@@ -69,7 +76,7 @@ class Server:
         self._data_dir.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - its end is waited for without the loop, too
-                [sys.executable, "-m", "flame", "serve", "--port", "0", *self._options],
+                self._command,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -95,9 +102,9 @@ class Server:
         return url
 
     def kill(self) -> None:
-        """SIGKILL."""
-        acts.kill(self.pid)
+        """SIGKILL; one that does not run is fine."""
         if self._process is not None:
+            self._process.kill()
             self._process.wait()
 
     async def end(self) -> None:

@@ -14,6 +14,7 @@ import psutil
 
 from flame.chaos.drill import Done, Drill
 from flame.chaos.plan import PARTS, Act, Deed, read
+from flame.chaos.processes import FOLDER, end_all
 from flame.chaos.server import Part, Running, Server
 from flame.client import Client
 from flame.client.config import data_dir
@@ -77,7 +78,7 @@ class Trial:
         with tempfile.TemporaryDirectory(prefix="flame-chaos-") as scratch:
             folder = Path(scratch) / "points"
             folder.mkdir()
-            server = Server(Path(scratch) / "data", {"FLAME_CHAOS": str(folder)})
+            server = Server(Path(scratch) / "data", {FOLDER: str(folder)})
             try:
                 await server.start()
                 async with Client(server.url) as client:
@@ -95,6 +96,7 @@ class Trial:
                     return self._outcome(ended, done, same)
             finally:
                 await server.end()
+                await end_all(folder)  # the workers of a trial that was broken off
 
     async def of_job(self, id: str) -> Outcome:
         """Try a job of the server that runs on this machine.
@@ -108,7 +110,8 @@ class Trial:
             if job.state.ended:
                 raise UsageError(f"Job {id} has ended ({job.state.value}); there is nothing to disturb any more.")
             deeds = self._plan(job, await _roles(client, job))
-            ended, done = await self._run(client, job, deeds, folder, {"server": server})
+            async with _stopped_at_last(client, job.id):
+                ended, done = await self._run(client, job, deeds, folder, {"server": server})
             return self._outcome(ended, done, None)
 
     def _outcome(self, job: Job, done: list[Done], same: bool | None) -> Outcome:
@@ -144,23 +147,22 @@ class Trial:
         for deed in deeds:
             self._say(f"planned: {deed}")
         drill.wish(deeds)
-        async with _stopped_at_last(client, job.id):
-            if job.state is JobState.READY:
-                await client.jobs.start(job.id)
-            ended = asyncio.Event()
-            carrying = asyncio.create_task(drill.carry_out(deeds, ended))
-            waiting = asyncio.create_task(client.jobs.wait(job.id))
-            try:
-                await asyncio.wait([carrying, waiting], return_when=asyncio.FIRST_COMPLETED)
-                if carrying.done():
-                    carrying.result()
-                after = await waiting
-                ended.set()
-                return after, await carrying
-            finally:
-                for task in (carrying, waiting):
-                    task.cancel()
-                await asyncio.gather(carrying, waiting, return_exceptions=True)
+        if job.state is JobState.READY:
+            await client.jobs.start(job.id)
+        ended = asyncio.Event()
+        carrying = asyncio.create_task(drill.carry_out(deeds, ended))
+        waiting = asyncio.create_task(client.jobs.wait(job.id))
+        try:
+            await asyncio.wait([carrying, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if carrying.done():
+                carrying.result()
+            after = await waiting
+            ended.set()
+            return after, await carrying
+        finally:
+            for task in (carrying, waiting):
+                task.cancel()
+            await asyncio.gather(carrying, waiting, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
@@ -193,7 +195,7 @@ def _numbered(tasks: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
 def _running_here() -> tuple[Running, Path]:
     try:
         url, pid = address((data_dir() / "server.json").read_bytes())
-        folder = psutil.Process(pid).environ().get("FLAME_CHAOS")
+        folder = psutil.Process(pid).environ().get(FOLDER)
     except (OSError, ValueError, psutil.Error):
         raise UsageError(
             "No server runs in the data directory of this machine. Give the job's files instead of its id: it gets a server of its own."

@@ -56,8 +56,7 @@ def chaos(  # noqa: PLR0917 - click gives them by name
 
     Finds workers that are processes of this machine. The exit status is 0 only if the job completed, and with --compare with the same model.
     """
-    import asyncio
-
+    from flame.chaos import interrupt
     from flame.chaos.plan import duration
     from flame.chaos.trial import Trial, Wanted
     from flame.cli import output
@@ -68,11 +67,11 @@ def chaos(  # noqa: PLR0917 - click gives them by name
     wanted += [Wanted("cut", who) for who in cuts]
     trial = Trial(wanted, seed, output.note)
     if Path(job).exists():
-        outcome = asyncio.run(trial.of_files(job, overrides, compare=compare))
+        outcome = interrupt.run(trial.of_files(job, overrides, compare=compare))
     elif overrides or compare:
         raise UsageError(f"There is no file {job}; --set and --compare are for a job that is given by its files.")
     else:
-        outcome = asyncio.run(trial.of_job(job))
+        outcome = interrupt.run(trial.of_job(job))
 
     def table() -> None:
         output.table(

@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import psutil
-
-from flame.chaos import acts
 from flame.chaos.drill import Done, Drill
 from flame.chaos.plan import PHASES, Act, Deed
-from flame.chaos.processes import marked
+from flame.chaos.processes import end_all
 from flame.chaos.server import Part, Server
 from flame.client import Client, load_job
 from flame.controller.lifecycle import TRANSITIONS
 from flame.errors import FlameError
 from flame.spec.records import Job, JobState
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
+from leftovers import Leftovers, own_mounts
 from survivalkit import bits, central, load_file, tree
 
 ENGINES = Path(__file__).parents[3] / "shared" / "engines"
@@ -42,6 +43,8 @@ ROUNDS = 5
 #: Seconds within which a case must have ended, and within which nothing may be left of it.
 PATIENCE = 240.0
 CLEAN = 20.0
+#: Cases from which on a lane more is worth its undisturbed run.
+WORTHWHILE = 3
 
 #: At which phases a role comes by itself; the moment of others is when anybody comes there.
 OWN = {
@@ -57,6 +60,9 @@ TARGETS = {
     "mqtt": ("server", "flamelet", "trainer", "aggregator", "broker"),
     "database": ("server", "flamelet", "trainer", "aggregator", "database"),
 }
+
+#: How many numbers their models have: some go through shared memory, some through sockets.
+SIZES = {"central": 200_000, "tree": 200_000, "mqtt": 200, "database": 200}
 
 
 class Case(NamedTuple):
@@ -121,6 +127,8 @@ class Program:
         self._command = command
         self._port = port
         self._log = log
+        #: Variables in addition to those of this process.
+        self.environment: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -131,7 +139,12 @@ class Program:
     async def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the campaign, which ends them
             )
         async with asyncio.timeout(60):
             while True:
@@ -197,11 +210,9 @@ class Lane:
         folder.mkdir(parents=True)
         self.chaos = folder / "chaos"
         self.data = folder / "data"
-        self.temporary = folder / "tmp"
         self.chaos.mkdir()
-        self.temporary.mkdir()
+        self.leftovers = Leftovers(folder, self.data, self.chaos)
         self.parts: dict[str, Part] = {}
-        self._programs: list[Program] = []
         options: list[str] = []
         overrides: list[str] = []
         if kind == "mqtt":
@@ -212,39 +223,40 @@ class Lane:
             database, url = self._needs(mongo(folder), "the engines' MongoDB")
             self.parts["database"] = database
             options = ["--db", url]
-        settings: dict[str, Any] = {"restart": {"attempts": 10, "backoff": 0.1}, "rounds": ROUNDS}
+        settings: dict[str, Any] = {"restart": {"attempts": 10, "backoff": 0.1}, "rounds": ROUNDS, "size": SIZES[kind]}
         make: Callable[..., Path] = tree if kind == "tree" else central
         self.bundle = load_job(make(folder / "job", **settings), overrides)
-        self.server = Server(self.data, {"FLAME_CHAOS": str(self.chaos), "TMPDIR": str(self.temporary)}, options)
+        self.server = Server(self.data, self.leftovers.environment, options, through=self.leftovers.through)
         self.parts["server"] = self.server
         self._expected: dict[str, dict[str, bytes]] = {}
 
     def _needs(self, found: tuple[Program, str] | None, name: str) -> tuple[Program, str]:
         if found is None:
             raise Unavailable(f"{name} is not on this machine")
-        self._programs.append(found[0])
+        found[0].environment = self.leftovers.environment
         return found
 
     async def __aenter__(self) -> Lane:
         try:
-            for program in self._programs:
-                await program.start()
-            await self.server.start()
+            for part in self.parts.values():
+                await part.start()
             job, _ = await self._run([], Random(0))
             assert job.state is JobState.COMPLETED, job.failure
             self._expected = self._models(job.id)
             assert self._expected
+            await self._clean(job.id)
+            self.leftovers.learn()
         except BaseException:
-            await self.__aexit__()
+            await self.__aexit__(True)
             raise
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        for pid in self._left_of(""):
-            acts.kill(pid)
-        await self.server.end()
-        for program in self._programs:
-            program.kill()
+    async def __aexit__(self, fault: object = None, *_: object) -> None:
+        if fault is None:
+            await self.server.end()
+        for part in self.parts.values():
+            part.kill()
+        await end_all(self.chaos)
 
     async def run(self, case: Case, random: Random) -> Result:
         """Run the job with a case, and look at what is left."""
@@ -290,10 +302,14 @@ class Lane:
         if self._models(job.id) != self._expected:
             faults.append("another model")
         faults += await self._illegal(job.id)
+        return faults + await self._clean(job.id)
+
+    async def _clean(self, job: str) -> list[str]:
+        """Wait until a job has left nothing behind; gives what it still has after a while."""
         until = time.monotonic() + CLEAN
-        while (left := self._left(job.id)) and time.monotonic() < until:  # noqa: ASYNC110
+        while (left := await asyncio.to_thread(self.leftovers.of, job)) and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-        return faults + left
+        return left
 
     def _models(self, job: str) -> dict[str, dict[str, bytes]]:
         return bits({path.name: load_file(path) for path in self.data.glob(f"artifacts/{job}/*.safetensors")})
@@ -320,32 +336,6 @@ class Lane:
                     attempts[task] = attempt
         return faults
 
-    def _left(self, job: str) -> list[str]:
-        """What a job has left behind."""
-        left = [f"process {pid} {_command(pid)}" for pid in self._left_of(job)]
-        left += [f"file {path}" for path in self.temporary.iterdir()]
-        left += [f"file {path}" for path in self.data.glob("workers/*")]
-        unfinished = (".part", ".tmp", ".new")
-        for folder, _, names in os.walk(self.data):  # takes it that files go while it looks
-            left += [f"file {folder}/{name}" for name in names if name.endswith(unfinished)]
-        return left
-
-    def _left_of(self, job: str) -> list[int]:
-        """Processes of a job's workers, or, for an empty name, of all of this lane's."""
-        if job:
-            return marked(job)
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("FLAME_CHAOS") == str(self.chaos) and process.pid != self._server_pid():
-                    found.append(process.pid)
-        return found
-
-    def _server_pid(self) -> int:
-        with contextlib.suppress(AssertionError):
-            return self.server.pid
-        return 0
-
     async def _standing(self) -> str:
         """Where a job stands that does not end; its processes say in their logs what they are doing."""
         with contextlib.suppress(FlameError, TimeoutError):
@@ -359,10 +349,32 @@ class Lane:
         return "the server does not answer"
 
 
-def _command(pid: int) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(psutil.Process(pid).cmdline())
-    return ""
+class Schedule:
+    """Cases that are still to be run, and who runs them.
+
+    A lane is for one kind. Whoever is free takes up the kind of which most is left for each of its lanes, so none ends long before the others.
+
+    :param cases: all of them.
+    """
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self._left = {kind: deque(case for case in cases if case.kind == kind) for kind in TARGETS}
+        self._at_work = Counter[str]()
+
+    def choose(self) -> str | None:
+        """The kind that needs another lane most; None where one more would cost more than it brings."""
+        due = {kind: len(left) / (1 + self._at_work[kind]) for kind, left in self._left.items() if left}
+        due = {kind: share for kind, share in due.items() if share >= WORTHWHILE or not self._at_work[kind]}
+        return max(due, key=lambda kind: due[kind], default=None)
+
+    @contextlib.contextmanager
+    def take_up(self, kind: str) -> Iterator[deque[Case]]:
+        """Work on a kind: what is left of it, also for its other lanes."""
+        self._at_work[kind] += 1
+        try:
+            yield self._left[kind]
+        finally:
+            self._at_work[kind] -= 1
 
 
 async def campaign(
@@ -377,39 +389,42 @@ async def campaign(
 
     :param lanes: how many work at a time.
     :param tell: told of each result.
-    :returns: the results, and of the kinds that this machine cannot run, why.
+    :returns: the results; and what cannot be run or looked at on this machine, with the reason.
     """
     results: list[Result] = []
     skipped: dict[str, str] = {}
-    room = asyncio.Semaphore(lanes)
-    each = max(1, lanes // len({case.kind for case in cases}))
+    if own_mounts() is None:
+        skipped["named shared memory"] = "this system lets nobody have mounts of their own"
+    schedule = Schedule(cases)
+    homes = itertools.count(1)
 
-    async def work(kind: str, number: int, mine: list[Case]) -> None:
-        async with room:
-            attempt = 0
-            while mine:
-                attempt += 1
-                home = folder / f"{kind}-{number}-{attempt}"
+    async def work() -> None:
+        while (kind := schedule.choose()) is not None:
+            with schedule.take_up(kind) as left:
+                home = folder / f"{kind}-{next(homes)}"
                 try:
                     async with Lane(kind, home) as lane:
-                        while mine:
-                            case = mine.pop(0)
-                            result = await lane.run(case, Random(f"{seed} {case}"))
-                            results.append(result)
-                            if tell is not None:
-                                tell(result)
-                            if result.faults:
-                                break  # what is left of it must not disturb the next one
-                        else:
-                            shutil.rmtree(home, ignore_errors=True)
+                        faults = await through(lane, left)
                 except Unavailable as error:
                     skipped[kind] = str(error)
-                    return
+                    left.clear()
+                    continue
+                if not faults:
+                    shutil.rmtree(home)
+
+    async def through(lane: Lane, left: deque[Case]) -> list[str]:
+        """Run cases one after another until one is lost: what is left of it must not disturb the next one."""
+        while left:
+            case = left.popleft()
+            result = await lane.run(case, Random(f"{seed} {case}"))
+            results.append(result)
+            if tell is not None:
+                tell(result)
+            if result.faults:
+                return result.faults
+        return []
 
     async with asyncio.TaskGroup() as group:
-        for kind in TARGETS:
-            of_kind = [case for case in cases if case.kind == kind]
-            for number in range(each):
-                if mine := of_kind[number::each]:
-                    group.create_task(work(kind, number, mine))
+        for _ in range(lanes):
+            group.create_task(work())
     return results, skipped

@@ -29,12 +29,12 @@ class Site({base}):
         self.dataset_size = self.number + 1
 
     def initialize(self):
-        self.model = {{"w": np.zeros(200, np.float32)}}
-        self.momentum = np.zeros(200, np.float32)
+        self.model = {{"w": np.zeros({size}, np.float32)}}
+        self.momentum = np.zeros({size}, np.float32)
 
     def train(self):
         # Depends on the round's random numbers, on the model, and on what earlier rounds have left here.
-        self.momentum = 0.5 * self.momentum + np.random.normal(self.number, 1, 200).astype(np.float32)
+        self.momentum = 0.5 * self.momentum + np.random.normal(self.number, 1, {size}).astype(np.float32)
         self.model["w"] += 0.1 * (self.momentum - self.model["w"])
         self.local_steps = 2
 
@@ -59,7 +59,7 @@ class Top({base}):
         self.config = config
 
     def initialize(self):
-        self.model = {{"w": np.random.normal(size=200).astype(np.float32)}}
+        self.model = {{"w": np.random.normal(size={size}).astype(np.float32)}}
 
     def evaluate(self):
         self.update_metrics({{"norm": float(np.linalg.norm(self.model["w"]))}})
@@ -119,13 +119,26 @@ def write_job(folder, roles, channels, data, *, rounds=5, deterministic=True, po
     return folder
 
 
-def central(folder, *, sites=3, **settings):
+def site(module, base="Trainer", size=200):
+    """A trainer's script.
+
+    :param size: of its model, in numbers of 4 bytes; from 131072 on it goes through shared memory.
+    """
+    return SITE.format(module=module, base=base, size=size)
+
+
+def top(module, base="TopAggregator", size=200):
+    """The script of the aggregator that makes the model."""
+    return TOP.format(module=module, base=base, size=size)
+
+
+def central(folder, *, sites=3, size=200, **settings):
     """One aggregator and some sites."""
     return write_job(
         folder,
         {
-            "trainer": (SITE.format(module="flame.sdk", base="Trainer"), {"isDataConsumer": True}),
-            "aggregator": (TOP.format(module="flame.sdk", base="Aggregator"), {}),
+            "trainer": (site("flame.sdk", size=size), {"isDataConsumer": True}),
+            "aggregator": (top("flame.sdk", "Aggregator", size), {}),
         },
         [channel("param", "trainer", "aggregator")],
         {"default": range(sites)},
@@ -247,21 +260,21 @@ def rounds(document):
     return [entry["round"] for entry in document["rounds"]]
 
 
-def tree(folder, *, optimizer="fedavg", **settings):
+def tree(folder, *, optimizer="fedavg", size=200, **settings):
     """Two groups of two sites below middle aggregators."""
     module = "flame.sdk"
     return write_job(
         folder,
         {
             "trainer": (
-                SITE.format(module=module, base="Trainer"),
+                site(module, size=size),
                 {"isDataConsumer": True, "groupAssociation": [{"param": "eu"}, {"param": "na"}]},
             ),
             "middle": (
                 PLAIN.format(module=module, base="MiddleAggregator"),
                 {"groupAssociation": [{"param": g, "global": "default"} for g in ("eu", "na")]},
             ),
-            "top": (TOP.format(module=module, base="Aggregator"), {}),
+            "top": (top(module, "Aggregator", size), {}),
         },
         [channel("param", "trainer", "middle", ("eu", "na")), channel("global", "middle", "top")],
         {"eu": (0, 1), "na": (2, 3)},
@@ -274,7 +287,7 @@ def peers(folder, kind, tags, *, sites=3, **settings):
     """Sites without a server."""
     return write_job(
         folder,
-        {"trainer": (SITE.format(module=f"flame.sdk.mode.{kind}.trainer", base="Trainer"), {"isDataConsumer": True})},
+        {"trainer": (site(f"flame.sdk.mode.{kind}.trainer"), {"isDataConsumer": True})},
         [channel("ring", "trainer", "trainer", lower_tags=tags, upper_tags=tags)],
         {"default": range(sites)},
         **settings,
@@ -288,9 +301,9 @@ def coordinated(folder, kind="coord_syncfl", **settings):
     return write_job(
         folder,
         {
-            "trainer": (SITE.format(module=f"{at}.trainer", base="Trainer"), {"isDataConsumer": True}),
+            "trainer": (site(f"{at}.trainer"), {"isDataConsumer": True}),
             "middle": (PLAIN.format(module=f"{at}.middle_aggregator", base="MiddleAggregator"), {"replica": 2}),
-            "top": (TOP.format(module=f"{at}.top_aggregator", base="TopAggregator"), {}),
+            "top": (top(f"{at}.top_aggregator"), {}),
             "coordinator": (PLAIN.format(module=f"{at}.coordinator", base="Coordinator"), {}),
         },
         [
@@ -313,10 +326,10 @@ def hybrid(folder, **settings):
         folder,
         {
             "trainer": (
-                SITE.format(module=f"{at}.trainer", base="Trainer"),
+                site(f"{at}.trainer"),
                 {"isDataConsumer": True, "groupAssociation": places},
             ),
-            "top": (TOP.format(module=f"{at}.top_aggregator", base="TopAggregator"), {}),
+            "top": (top(f"{at}.top_aggregator"), {}),
         },
         [
             channel("param", "trainer", "top"),
@@ -333,8 +346,8 @@ def asynchronous(folder, **settings):
     return write_job(
         folder,
         {
-            "trainer": (SITE.format(module=f"{at}.trainer", base="Trainer"), {"isDataConsumer": True}),
-            "top": (TOP.format(module=f"{at}.top_aggregator", base="TopAggregator"), {}),
+            "trainer": (site(f"{at}.trainer"), {"isDataConsumer": True}),
+            "top": (top(f"{at}.top_aggregator"), {}),
         },
         [channel("param", "trainer", "top")],
         {"default": range(3)},
