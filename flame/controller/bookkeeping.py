@@ -77,6 +77,7 @@ def life_of(job: Job, tasks: Sequence[StoredTask]) -> JobLife:
         restart={role.name: job.form.restart.of(role.name) for role in job.form.schema.roles},
         consumers=frozenset(consumers),
         pauses=job.form.on_failure == "pause",
+        behind=job.restart_behind,
     )
 
 
@@ -180,6 +181,8 @@ def job_fields(job: Job, before: JobLife, after: JobLife, actions: Sequence[Acti
         short = missing(after)
         if short != missing(before) or (short and "reason" in fields):
             fields["reason"] = _lacks(short) if short and after.state is JobState.DEPLOYING else None
+    if after.behind != before.behind:
+        fields["restart_behind"] = after.behind
     if after.failure is not before.failure:
         fields["failure"] = after.failure
     if after.state is JobState.FAILED:

@@ -22,7 +22,7 @@ from flame.controller.catalog import Catalog
 from flame.controller.checkpoints import rounds_of
 from flame.controller.computes import clean
 from flame.controller.context import Context, Options, public
-from flame.controller.events import Kill, Pause, Resume, Rewind, Start, Stop
+from flame.controller.events import Kill, Pause, Restart, Resume, Start, Stop
 from flame.controller.keys import Keys
 from flame.controller.participants import Participants
 from flame.controller.placement import Decision, Waiting, admit, priority
@@ -74,6 +74,7 @@ class Controller:
         self.participants = Participants(self)
         self._active: dict[str, Supervisor] = {}
         self._of_task: dict[str, Supervisor] = {}
+        self._beginning: set[asyncio.Future[Job]] = set()
         self._waking = asyncio.Lock()
         self._looking = False
         self._quiet = asyncio.Event()
@@ -228,10 +229,11 @@ class Controller:
     async def restart_job(self, id: str, from_round: int | None) -> Job:
         """Let a job begin again, from what it had kept.
 
-        One that is under way is paused, set back and resumed. One that has ended stays as it is: another one is made of it.
+        One that is under way is paused, set back and resumed; that is written down first, and goes on whoever still waits for it. One that has
+        ended stays as it is: another one is made of it.
 
         :param from_round: behind which round; 0: from the beginning; None: behind the last that was kept.
-        :raises flame.errors.Conflict: it was never started, or nothing was kept of this round.
+        :raises flame.errors.Conflict: it was never started, or nothing was kept of this round, or it was paused or stopped before it could go on.
         """
         saved = await self._saved(id)
         if saved.record.state is JobState.READY:
@@ -245,14 +247,17 @@ class Controller:
         upto = max(kept, default=0) if from_round is None else from_round
         supervisor = self._active.get(id)
         if supervisor is None or supervisor.state.ended:
-            return await self._begin_anew(saved.record, upto)
-        if supervisor.state is not JobState.PAUSED:
-            if supervisor.state is not JobState.PAUSING:
-                await supervisor.handle(Pause())
-            await _first_of(supervisor.paused, supervisor.over)
-        await self.context.checkpoints.forget(id, upto)
-        await supervisor.handle(Rewind())
-        return await self.resume_job(id)
+            # To its end, or there would be a job that nobody has started.
+            beginning = asyncio.ensure_future(self._begin_anew(saved.record, upto))
+            self._beginning.add(beginning)
+            beginning.add_done_callback(self._beginning.discard)
+            return await asyncio.shield(beginning)
+        supervisor.restarted.clear()
+        await supervisor.handle(Restart(upto))
+        await supervisor.restarted.wait()
+        if supervisor.state not in (JobState.STARTING, JobState.DEPLOYING, JobState.RUNNING, JobState.COMPLETED):
+            raise Conflict(f"Job {saved.record.name!r} was paused or stopped before it could go on.")
+        return supervisor.job
 
     async def _begin_anew(self, job: Job, upto: int) -> Job:
         """A job like one that has ended, which goes on behind a round of it."""
@@ -539,14 +544,6 @@ class Controller:
         self.computes.reserve(decision.reserved)
         for job, reason in decision.reasons.items():
             self.context.background.spawn(waiting[job].wait_for_room(reason))
-
-
-async def _first_of(*events: asyncio.Event) -> None:
-    """Wait for one of several."""
-    waiting = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    for each in waiting:
-        each.cancel()
 
 
 def _place(supervisor: Supervisor) -> Waiting:

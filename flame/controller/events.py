@@ -27,8 +27,14 @@ class Resume(msgspec.Struct, frozen=True):
     """A user lets a paused job go on."""
 
 
-class Rewind(msgspec.Struct, frozen=True):
-    """A user sets a paused job back to an earlier round: tasks that have ended are to run again, too."""
+class Restart(msgspec.Struct, frozen=True):
+    """A user sets a job that is under way back behind a round: its workers are ended, then it goes on from there."""
+
+    behind: int
+
+
+class Rewound(msgspec.Struct, frozen=True):
+    """Nothing is kept any more of the rounds after the one that the job was to be set back behind."""
 
 
 class TimeUp(msgspec.Struct, frozen=True):
@@ -137,7 +143,8 @@ Event = (
     | Stop
     | Pause
     | Resume
-    | Rewind
+    | Restart
+    | Rewound
     | TimeUp
     | Kill
     | Steady
@@ -202,6 +209,12 @@ class End(msgspec.Struct, frozen=True):
     parting: bool = False
 
 
+class Rewind(msgspec.Struct, frozen=True):
+    """Forget what is kept of the rounds after one, and say :class:`Rewound`. Repeating it changes nothing."""
+
+    behind: int
+
+
 class Dismiss(msgspec.Struct, frozen=True):
     """Tell a worker that the others have done the work: whoever it waits for will not come."""
 
@@ -219,4 +232,4 @@ class Warn(msgspec.Struct, frozen=True):
     message: str
 
 
-Action = Enter | Ask | Expect | Release | Begin | End | Dismiss | Clock | Warn
+Action = Enter | Ask | Expect | Release | Begin | End | Rewind | Dismiss | Clock | Warn

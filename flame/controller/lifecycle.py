@@ -25,6 +25,8 @@ States of a job, and what each one means:
 
     starting, deploying, running -> pausing -> paused -> starting        pausing, paused -> stopping
 
+A restart is a pause that goes on by itself: what it shall go on behind is written with it.
+
 A worker that is lost, or whose code is killed by a signal, is replaced by a new attempt, as often as its role's ``restart``
 allows; the first time at once, then after a pause that doubles. Code that exits with an error of its own would do so again, so
 that fails the task, unless ``restart.onError`` says otherwise. So does the loss of a worker that may not be replaced (any more).
@@ -70,8 +72,10 @@ from flame.controller.events import (
     Owes,
     Pause,
     Release,
+    Restart,
     Resume,
     Rewind,
+    Rewound,
     Running,
     Silent,
     Start,
@@ -82,7 +86,7 @@ from flame.controller.events import (
     Warn,
 )
 from flame.errors import Conflict
-from flame.spec.nouns import Restart
+from flame.spec.nouns import Restart as RestartPolicy
 from flame.spec.records import Failure, JobState, TaskState
 
 #: How often a worker is replaced at least that was lost before it started its task's code.
@@ -152,6 +156,7 @@ class JobLife(msgspec.Struct, frozen=True):
     :ivar restart: for each role, how lost workers are replaced; for one that is not in it, as nobody has said anything.
     :ivar pauses: a failure pauses the job.
     :ivar consumers: the roles that consume data.
+    :ivar behind: it is being restarted: behind which round it goes on once its workers have ended; None: it is not.
     """
 
     name: str
@@ -160,9 +165,10 @@ class JobLife(msgspec.Struct, frozen=True):
     quorum: Mapping[str, int]
     clock: bool = False
     failure: Failure | None = None
-    restart: Mapping[str, Restart] = MappingProxyType({})
+    restart: Mapping[str, RestartPolicy] = MappingProxyType({})
     pauses: bool = False
     consumers: frozenset[str] = frozenset()
+    behind: int | None = None
 
 
 def quorums(roles: Sequence[tuple[str, bool]], fewest: int | None, others: int | None = None) -> dict[str, int]:
@@ -210,19 +216,29 @@ def step(job: JobLife, event: Event) -> tuple[JobLife, list[Action]]:
             idle = job.state in (JobState.PAUSING, JobState.PAUSED)
             if idle or (job.state is not JobState.STOPPING and not _work_is_done(job)):
                 job = _halt(job, None, "the job was stopped", actions)
+        case Pause() if job.behind is not None:
+            job = replace(job, behind=None)  # it is about to be paused, and shall stay so
         case Pause():
             if job.state not in (JobState.STARTING, JobState.DEPLOYING, JobState.RUNNING) or _work_is_done(job):
                 raise Conflict(_not_pausable(job))
             job = _pause(job, "the job is paused", actions)
+        case Resume() if job.behind is not None:
+            pass  # it is about to be
         case Resume():
             if job.state is not JobState.PAUSED:
                 raise Conflict(f"Job {job.name!r} is {job.state.value}; only a paused one can be resumed.")
             job = _enter(replace(job, failure=None), JobState.STARTING, actions)
-        case Rewind():
-            if job.state is not JobState.PAUSED:
-                raise Conflict(f"Job {job.name!r} is {job.state.value}; only a paused one can be set back.")
-            for task in job.tasks.values():
-                job = _set(job, _afresh(task))
+        case Restart(behind=behind):
+            if job.state not in (JobState.PAUSING, JobState.PAUSED):
+                if job.state not in (JobState.STARTING, JobState.DEPLOYING, JobState.RUNNING) or _work_is_done(job):
+                    raise Conflict(_not_restartable(job))
+                job = _pause(job, "the job is restarted", actions)
+            job = replace(job, behind=behind)
+        case Rewound():
+            if job.state is JobState.PAUSED and job.behind is not None:
+                for task in job.tasks.values():
+                    job = _set(job, _afresh(task))
+                job = _enter(replace(job, failure=None, behind=None), JobState.STARTING, actions)
         case TimeUp(seconds=seconds):
             if job.state in (JobState.DEPLOYING, JobState.RUNNING) and not _work_is_done(job):
                 limit = Failure(message=f"The job ran longer than its maxRunTime of {seconds:g} s.")
@@ -279,6 +295,8 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
                 if task.state is not TaskState.COMPLETED:
                     job = _set(job, _afresh(task))
             job = _enter(replace(job, clock=False), JobState.PAUSED, actions)
+    if job.state is JobState.PAUSED and job.behind is not None:
+        actions.append(Rewind(job.behind))
     if job.state is JobState.STOPPING:
         for task in job.tasks.values():
             if task.live:
@@ -349,7 +367,7 @@ def _replaceable(job: JobLife, task: TaskLife, event: Failed | Terminated | Sile
     """Whether another worker is to take the place of one that is lost or has failed."""
     if job.state not in (JobState.DEPLOYING, JobState.RUNNING):
         return False
-    policy = job.restart.get(task.role, Restart())
+    policy = job.restart.get(task.role, RestartPolicy())
     if isinstance(event, Failed) and event.failure.signal is None and not policy.on_error:
         return False
     least = REPLACEMENTS if task.state is TaskState.DEPLOYING and not isinstance(event, Failed | Terminated) else 0
@@ -360,7 +378,7 @@ def _replace(job: JobLife, task: TaskLife, failure: Failure, actions: list[Actio
     """Start the task again, under the next attempt. A participant's is free again: it starts its worker itself."""
     if task.brought:
         return _release(job, replace(_afresh(task), replaced=task.replaced + 1), actions)
-    policy = job.restart.get(task.role, Restart())
+    policy = job.restart.get(task.role, RestartPolicy())
     delay = min(LONGEST_BACKOFF, policy.backoff * 2.0 ** (task.replaced - 1)) if task.replaced else 0.0
     job = _end(job, task, "its worker is lost", actions, parting=parting)
     if task.state is not TaskState.DEPLOYING:
@@ -468,7 +486,7 @@ def _afresh(task: TaskLife) -> TaskLife:
 def _halt(job: JobLife, failure: Failure | None, reason: str, actions: list[Action]) -> JobLife:
     if failure is not None and job.pauses:
         return _pause(replace(job, failure=failure), reason, actions)
-    job = _enter(replace(job, failure=job.failure or failure), JobState.STOPPING, actions)
+    job = _enter(replace(job, failure=job.failure or failure, behind=None), JobState.STOPPING, actions)
     for task in job.tasks.values():
         job = _end(job, task, reason, actions)
     return job
@@ -596,6 +614,12 @@ def _not_pausable(job: JobLife) -> str:
     if job.state in (JobState.DEPLOYING, JobState.RUNNING):
         return f"Job {job.name!r} has done its work and is about to end: there is nothing to pause."
     return f"Job {job.name!r} is {job.state.value}: there is nothing to pause."
+
+
+def _not_restartable(job: JobLife) -> str:
+    if job.state in (JobState.DEPLOYING, JobState.RUNNING):
+        return f"Job {job.name!r} has done its work and is about to end; restart it when it has ended."
+    return f"Job {job.name!r} is {job.state.value}: it cannot be restarted now."
 
 
 def _not_stoppable(job: JobLife) -> str:

@@ -80,9 +80,7 @@ class Supervisor:
         )
         self._places: dict[str, str] = {}
         self.admitted = job.record.state not in (JobState.READY, JobState.STARTING, JobState.PAUSED)
-        self.paused = asyncio.Event()
-        if job.record.state is JobState.PAUSED:
-            self.paused.set()
+        self.restarted = asyncio.Event()
         self.over = asyncio.Event()
 
     # ------------------------------------------------------------------------------------------- what is known
@@ -410,6 +408,8 @@ class Supervisor:
         await self._ledger.save_job(**job_fields(self._ledger.job, before, after, actions, now))
         # It is in the store, so it has happened: from here on nothing may fail.
         self._life = after
+        if before.behind is not None and after.behind is None:
+            self.restarted.set()
         for ask in asked:
             self._places.pop(ask.task, None)
             self._hold(ask.task, ask.attempt, fields[ask.task]["compute"])
@@ -462,8 +462,8 @@ class Supervisor:
                 log.warning("job %s: %s", self.id, message)
             case events.Enter(state=JobState.PAUSED):
                 self._rest()
-            case events.Enter(state=JobState.STARTING):
-                self.paused.clear()
+            case events.Rewind():
+                context.background.spawn(surely(self._rewind, self.id))
             case events.Enter():
                 pass
 
@@ -473,8 +473,15 @@ class Supervisor:
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
-        self.paused.set()
         self._forgo()
+
+    async def _rewind(self) -> None:
+        """Set the job back, unless that is done already or no longer wanted: then there may be new workers, with what they have reached."""
+        async with self._lock:
+            if self.state is JobState.PAUSED and self._life.behind is not None:
+                await self._context.checkpoints.forget(self.id, self._life.behind)
+                await self._commit(*lifecycle.step(self._life, events.Rewound()))
+                self._context.computes.changed()
 
     def _forgo(self) -> None:
         """Give back what room was promised and has not been used."""

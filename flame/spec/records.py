@@ -166,6 +166,7 @@ class Job(Record, kw_only=True):
     """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04.
 
     ``model`` is the job's model; of a job of independent groups the first one's, and ``models`` has those of all.
+    ``restart_behind``: it is being restarted, and goes on behind this round once its workers have ended.
     """
 
     id: str
@@ -180,6 +181,7 @@ class Job(Record, kw_only=True):
     ended_at: float | None = None
     failure: Failure | None = None
     reason: str | None = None
+    restart_behind: int | None = None
     rounds: list[Round] = field(default_factory=list)
     model: Model | None = None
     models: list[Model] = field(default_factory=list)

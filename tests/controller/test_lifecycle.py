@@ -31,8 +31,10 @@ from flame.controller.events import (
     Owes,
     Pause,
     Release,
+    Restart,
     Resume,
     Rewind,
+    Rewound,
     Running,
     Silent,
     Start,
@@ -44,14 +46,19 @@ from flame.controller.events import (
 )
 from flame.controller.lifecycle import TRANSITIONS, JobLife, TaskLife, gathered, missing, quorums, settle, step
 from flame.errors import Conflict
-from flame.spec.nouns import Restart
+from flame.spec.nouns import Restart as RestartPolicy
 from flame.spec.records import Failure, JobState, TaskState
 
-NEVER = Restart(attempts=0)
+NEVER = RestartPolicy(attempts=0)
 
 
 def new(
-    trainers: int = 2, fewest: int | None = None, restart: Restart = NEVER, *, pauses: bool = False, brought: int = 0
+    trainers: int = 2,
+    fewest: int | None = None,
+    restart: RestartPolicy = NEVER,
+    *,
+    pauses: bool = False,
+    brought: int = 0,
 ) -> JobLife:
     """An aggregator and trainers; participants bring the last ones."""
     roles = [("aggregator", False)] + [("trainer", True)] * trainers
@@ -154,7 +161,7 @@ def test_a_worker_lost_before_it_ran_the_code_is_replaced_once(lost: type) -> No
 
 @pytest.mark.parametrize("lost", [Silent, Gone, Terminated, Missing])
 def test_a_worker_lost_while_it_ran_the_code_is_replaced_as_often_as_the_policy_says(lost: type) -> None:
-    job = new(restart=Restart(attempts=3, backoff=2.0))
+    job = new(restart=RestartPolicy(attempts=3, backoff=2.0))
     job, _ = drive(job, Start(), Admit(), *all_of(job, Running))
     delays = []
     for attempt in (1, 2, 3):
@@ -170,7 +177,7 @@ def test_a_worker_lost_while_it_ran_the_code_is_replaced_as_often_as_the_policy_
 
 
 def test_who_has_run_for_long_is_replaced_as_if_it_had_never_been_lost() -> None:
-    job = new(restart=Restart(attempts=1, backoff=2.0))
+    job = new(restart=RestartPolicy(attempts=1, backoff=2.0))
     job, _ = drive(job, Start(), Admit(), *all_of(job, Running))
     for attempt in range(1, 6):
         job, actions = drive(job, Steady("t1", attempt), Gone("t1", attempt, cause("t1")), Running("t1", attempt + 1))
@@ -180,7 +187,7 @@ def test_who_has_run_for_long_is_replaced_as_if_it_had_never_been_lost() -> None
 
 
 def test_code_that_is_killed_by_a_signal_runs_again_and_code_that_fails_by_itself_does_not() -> None:
-    job = new(restart=Restart())
+    job = new(restart=RestartPolicy())
     job, _ = drive(job, Start(), Admit(), *all_of(job, Running))
     killed, actions = drive(job, Failed("t0", 1, cause("t0", "SIGKILL")))
     assert Ask("t0", 2) in actions
@@ -188,13 +195,13 @@ def test_code_that_is_killed_by_a_signal_runs_again_and_code_that_fails_by_itsel
     assert killed.state is JobState.RUNNING
     failed, _ = drive(job, Failed("t0", 1, cause("t0")))
     assert failed.state is JobState.STOPPING
-    stubborn = new(restart=Restart(on_error=True))
+    stubborn = new(restart=RestartPolicy(on_error=True))
     stubborn, actions = drive(stubborn, Start(), Admit(), *all_of(stubborn, Running), Failed("t0", 1, cause("t0")))
     assert Ask("t0", 2) in actions
 
 
 def test_a_trainer_that_comes_back_when_the_work_is_done_need_not_do_any() -> None:
-    job = new(restart=Restart())
+    job = new(restart=RestartPolicy())
     job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Gone("t1", 1, cause("t1")), Completed("t2", 1))
     assert job.tasks["t1"].state is TaskState.DEPLOYING
     job, actions = drive(job, Completed("t0", 1))
@@ -205,7 +212,7 @@ def test_a_trainer_that_comes_back_when_the_work_is_done_need_not_do_any() -> No
 
 
 def test_an_aggregator_that_comes_back_when_the_trainers_are_done_has_its_own_part_to_do() -> None:
-    job = new(restart=Restart())
+    job = new(restart=RestartPolicy())
     job, _ = drive(
         job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Completed("t2", 1), Gone("t0", 1, cause())
     )
@@ -213,7 +220,7 @@ def test_an_aggregator_that_comes_back_when_the_trainers_are_done_has_its_own_pa
 
 
 def test_whoever_comes_back_when_the_models_are_there_need_not_do_anything() -> None:
-    job = new(restart=Restart())
+    job = new(restart=RestartPolicy())
     job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Gone("t1", 1, cause("t1")), Gone("t2", 1, cause("t2")))
     members = replace(job, consumers=frozenset({"trainer", "aggregator"}))
     done, _ = drive(members, Completed("t0", 1))
@@ -225,7 +232,7 @@ def test_whoever_comes_back_when_the_models_are_there_need_not_do_anything() -> 
 
 
 def test_who_gives_up_because_the_others_have_done_the_work_does_not_fail_the_job() -> None:
-    job = new(restart=Restart())
+    job = new(restart=RestartPolicy())
     job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Gone("t0", 1, cause()), Running("t0", 2))
     lost, _ = drive(job, Failed("t1", 1, cause("t1")))
     assert lost.state is JobState.STOPPING, "its own fault"
@@ -235,7 +242,7 @@ def test_who_gives_up_because_the_others_have_done_the_work_does_not_fail_the_jo
 
 
 def test_those_who_wait_for_an_aggregator_that_comes_back_when_the_work_is_done_are_let_go() -> None:
-    job = new(restart=Restart())
+    job = new(restart=RestartPolicy())
     tree = replace(
         job,
         tasks={**job.tasks, "t1": replace(job.tasks["t1"], role="middle")},
@@ -272,7 +279,7 @@ def test_the_work_of_one_part_is_done_though_another_goes_on() -> None:
 
 
 def test_who_owes_something_that_nobody_else_has_is_needed_until_it_has_handed_it_in() -> None:
-    job = new(restart=Restart())
+    job = new(restart=RestartPolicy())
     job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Owes("t1", 1), Completed("t2", 1))
     job, actions = drive(job, Completed("t0", 1), Gone("t1", 1, cause("t1")))
     assert job.tasks["t1"].state is TaskState.DEPLOYING
@@ -300,12 +307,36 @@ def test_a_paused_job_has_no_worker_and_goes_on_under_new_attempts() -> None:
     assert sum(isinstance(a, Clock) for a in actions) == 1, "the time that it was paused does not count"
 
 
-def test_a_paused_job_can_be_set_back_and_then_all_of_its_tasks_run_again() -> None:
+def test_a_restarted_job_ends_its_workers_then_forgets_then_runs_all_of_its_tasks_again() -> None:
     job = new()
-    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Pause())
-    job, _ = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
-    job, actions = drive(job, Rewind(), Resume(), Admit())
+    job, actions = drive(job, Start(), Admit(), *all_of(job, Running), Completed("t1", 1), Restart(2))
+    assert job.state is JobState.PAUSING
+    assert not any(isinstance(a, Rewind) for a in actions), "workers may still write"
+    job, actions = drive(job, *[Gone(task, 1, cause(task)) for task in job.tasks])
+    assert job.state is JobState.PAUSED
+    assert [a for a in actions if isinstance(a, Rewind)] == [Rewind(2)]
+    assert Rewind(2) in settle(job)[1], "a server that was killed here takes it up again"
+    job, _ = drive(job, Resume())
+    assert job.state is JobState.PAUSED, "not before it is forgotten"
+    job, actions = drive(job, Rewound(), Rewound(), Admit())
     assert {a.task for a in actions if isinstance(a, Ask)} == {"t0", "t1", "t2"}
+    assert job.behind is None
+
+
+def test_a_restart_is_taken_back_by_a_pause_and_by_a_stop() -> None:
+    job = new()
+    job, _ = drive(job, Start(), Admit(), *all_of(job, Running), Restart(2))
+    gone = [Gone(task, 1, cause(task)) for task in job.tasks]
+    paused, actions = drive(job, Pause(), *gone, Rewound())
+    assert paused.state is JobState.PAUSED
+    assert not any(isinstance(a, Rewind) for a in actions)
+    stopped, actions = drive(job, Stop(), *gone, Rewound())
+    assert stopped.state is JobState.TERMINATED
+    assert not any(isinstance(a, Rewind) for a in actions)
+    paused, actions = drive(paused, Restart(1))
+    assert Rewind(1) in actions, "a paused job can be restarted, too"
+    with pytest.raises(Conflict, match="cannot be restarted"):
+        step(stopped, Restart(1))
 
 
 def test_a_job_that_pauses_on_failure_keeps_the_cause_until_it_is_resumed() -> None:
@@ -499,7 +530,8 @@ def events(draw: st.DrawFn) -> Event:
                 Pause(),
                 Resume(),
                 Resume(),
-                Rewind(),
+                Restart(attempt),
+                Rewound(),
                 TimeUp(1.0),
                 Steady(task, attempt),
                 Delivered(task, attempt),
@@ -529,12 +561,18 @@ def events(draw: st.DrawFn) -> Event:
     st.sampled_from([None, 1, 2]),
     st.integers(0, 2),
     st.booleans(),
-    st.sampled_from([NEVER, Restart(), Restart(attempts=1, on_error=True)]),
+    st.sampled_from([NEVER, RestartPolicy(), RestartPolicy(attempts=1, on_error=True)]),
     st.booleans(),
     st.integers(0, 3),
 )
 def test_any_order_of_events_keeps_the_promises(
-    history: list[Event], fewest: int | None, head: int, restarts: bool, restart: Restart, pauses: bool, brought: int
+    history: list[Event],
+    fewest: int | None,
+    head: int,
+    restarts: bool,
+    restart: RestartPolicy,
+    pauses: bool,
+    brought: int,
 ) -> None:
     job = new(trainers=3, fewest=fewest, restart=restart, pauses=pauses, brought=brought)
     states = [job.state]
@@ -549,7 +587,7 @@ def test_any_order_of_events_keeps_the_promises(
                 continue  # nothing that was never started can end
             gone.add((event.task, event.attempt))
         elif (
-            not isinstance(event, Start | Admit | Stop | Pause | Resume | Rewind | TimeUp | Kill | Claim)
+            not isinstance(event, Start | Admit | Stop | Pause | Resume | Restart | Rewound | TimeUp | Kill | Claim)
             and (event.task, event.attempt) not in asked
         ):
             continue  # the shell knows no such worker: it holds no key

@@ -66,11 +66,14 @@ class Server:
     def wish(self, name):
         (self.chaos / name).touch()
 
-    def taken(self, name):
+    def until(self, found):
         deadline = time.monotonic() + 60
-        while not [path for path in self.chaos.iterdir() if path.name.startswith(f"{name}.taken")]:
-            assert time.monotonic() < deadline, name
+        while not found():
+            assert time.monotonic() < deadline, list(self.chaos.iterdir())
             threading.Event().wait(0.01)
+
+    def taken(self, name):
+        self.until(lambda: [path for path in self.chaos.iterdir() if path.name.startswith(f"{name}.taken")])
 
     def release(self):
         for path in self.chaos.iterdir():
@@ -142,6 +145,40 @@ def test_a_killed_server_finds_the_job_at_work_and_an_aggregator_that_died_meanw
     server.kill()
     for path in server.chaos.iterdir():
         os.kill(int(path.name.rpartition("-")[2]), signal.SIGKILL)
+    server.start()
+    done = server.state(mine, "completed")
+    assert rounds(done) == [1, 2, 3, 4, 5]
+    assert bits(server.model(mine)) == expected
+
+
+@pytest.fixture
+def restarting(server, job):
+    """A job that was told to restart behind its first round and cannot yet, as one of its workers does not end; and who asks for that."""
+    server.wish("aggregator@distribute@4.hold")
+    server.wish("trainer@train@3.stop")
+    mine = server.call("job", "create", str(job), "--start")["id"]
+    server.taken("trainer@train@3.stop")
+    asking = server.popen("job", "restart", mine, "--from-round", "1")
+    server.until(lambda: server.call("job", "get", mine)["state"] == "pausing")
+    yield server, mine, asking
+    asking.kill()
+    asking.communicate()
+
+
+def test_a_job_restarts_though_who_asked_for_it_hangs_up(restarting, expected):
+    server, mine, asking = restarting
+    asking.kill()
+    asking.communicate()
+    server.release()
+    done = server.state(mine, "completed")
+    assert rounds(done) == [1, 2, 3, 4, 5]
+    assert bits(server.model(mine)) == expected
+
+
+def test_a_job_restarts_though_its_server_is_killed_meanwhile(restarting, expected):
+    server, mine, _ = restarting
+    server.kill()
+    server.release()
     server.start()
     done = server.state(mine, "completed")
     assert rounds(done) == [1, 2, 3, 4, 5]
