@@ -1,4 +1,4 @@
-"""The local runner, with real processes."""
+"""The local runner, with real processes: what it promises beyond the contract of every kind (test_contract.py)."""
 
 import asyncio
 import contextlib
@@ -126,28 +126,6 @@ def each_way_of_watching(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
         monkeypatch.setattr(processes, "_pidfd_open", None)
 
 
-async def test_a_started_worker_is_listed_and_an_ended_one_is_not(harness: Harness) -> None:
-    runner = await harness.open()
-    worker = await runner.start(harness.spec("a"))
-    assert (worker.task, worker.job, worker.attempt) == ("a", "job1", 1)
-    await harness.ready(worker)
-    assert list(await runner.list()) == [worker]
-    await runner.end(worker)
-    assert list(await runner.list()) == []
-    assert harness.processes() == []
-    await runner.end(worker)  # once more is no error
-
-
-async def test_starting_a_worker_that_is_there_gives_that_one(harness: Harness) -> None:
-    runner = await harness.open()
-    first, second = await asyncio.gather(runner.start(harness.spec("a")), runner.start(harness.spec("a")))
-    assert first == second == await runner.start(harness.spec("a"))
-    next_attempt = await runner.start(harness.spec("a", attempt=2))
-    assert next_attempt.handle != first.handle
-    await harness.ready(first, next_attempt)
-    assert len(harness.processes()) == 2
-
-
 @pytest.mark.usefixtures("each_way_of_watching")
 @pytest.mark.parametrize(
     ("behaviour", "how"),
@@ -168,14 +146,6 @@ async def test_an_exit_is_reported_once_with_its_code(harness: Harness, behaviou
     await runner.close()
     assert len(harness.exits) == 1
     assert not reap(int(worker.handle))  # no zombie is left
-
-
-async def test_a_worker_that_was_ended_is_not_reported(harness: Harness) -> None:
-    runner = await harness.open()
-    worker = await runner.start(harness.spec("a", "polite"))
-    await harness.ready(worker)
-    await asyncio.gather(runner.end(worker), runner.end(worker))
-    assert harness.exits == []
 
 
 @pytest.mark.parametrize("behaviour", ["family", "family stubborn"])
@@ -236,26 +206,6 @@ async def test_the_servers_own_variables_do_not_reach_a_worker(
     assert environment["OTHER"] == "passed on"
 
 
-async def test_a_workers_own_output_is_kept_until_it_is_cleaned_up(harness: Harness) -> None:
-    runner = await harness.open()
-    worker = await runner.start(harness.spec("a", "exit=1"))
-    await eventually(lambda: bool(harness.exits))
-    assert b"".join([piece async for piece in runner.logs(worker)]) == b"worker a\n"
-    await runner.clean(worker)
-    await runner.clean(worker)
-    assert b"".join([piece async for piece in runner.logs(worker)]) == b""
-    assert list((harness.data_dir / "workers").iterdir()) == []
-
-
-async def test_names_cannot_leave_the_work_directory(harness: Harness) -> None:
-    runner = await harness.open()
-    for task in ("../a", "", ".."):
-        with pytest.raises(RunnerError):
-            await runner.start(harness.spec(task))
-        with pytest.raises(RunnerError):
-            await runner.clean(WorkerInfo(task, "job1", 1, "1"))
-
-
 async def test_an_interpreter_that_is_not_there_is_an_error_with_its_name(tmp_path: Path) -> None:
     harness = Harness(tmp_path, python="/nowhere/python")
     runner = await harness.open()
@@ -313,18 +263,6 @@ async def test_workers_outlive_a_killed_server_and_are_adopted_by_the_next(harne
     await asyncio.gather(runner.end(b, grace=0.2), runner.end(c, grace=0.2))
     assert not [process for process in family if processes.is_alive(process)]
     assert len(harness.exits) == 1
-
-
-async def test_a_worker_of_another_server_is_left_alone(harness: Harness, tmp_path: Path) -> None:
-    runner = await harness.open()
-    worker = await runner.start(harness.spec("a"))
-    await harness.ready(worker)
-    other = Harness(tmp_path)
-    stranger = await other.open()
-    assert list(await stranger.list()) == []
-    await stranger.end(worker)
-    assert list(await runner.list()) == [worker]
-    await stranger.close()
 
 
 async def test_orphans_of_a_worker_whose_leader_is_gone_are_ended_too(harness: Harness) -> None:
