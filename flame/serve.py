@@ -243,7 +243,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
             worker_environment=settings.tls.for_workers(),
             p2p_tls=settings.p2p_tls,
         )
-        # Nobody starts a private server again that was killed, so its workers do not wait for it for long.
+        # Who has started a private server starts it again when it is killed, at once or, having gone too, never.
         environment = {"FLAME_ORPHAN_AFTER": f"{ORPHAN_PATIENCE:g}"} if settings.private else {}
 
         def make(compute: ComputeRecord) -> Runner:

@@ -77,7 +77,7 @@ class Run:
 
     def _lost(self, error: FlameError) -> None:
         """The server does not answer."""
-        if self._private is not None and self._private.gone():
+        if self._private is not None and self._private.lost:
             raise ServerUnreachable(
                 f"The private server ended in the middle of the job; its log is {self._private.log}."
             )

@@ -1,7 +1,7 @@
 """A server for as long as it is needed: the one that is configured, the one that runs on this machine, or a private one.
 
 Whoever has none configured gets one without leaving anything behind: a private server lives while somebody is
-attached to it. Two who need one in the same data directory at the same time share it, and one who comes while another is
+attached to it, and is started again by who has started it when it is killed meanwhile. Two who need one in the same data directory at the same time share it, and one who comes while another is
 just starting or ending waits for that.
 """
 
@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-from collections.abc import AsyncIterator
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flame.client.client import Client
 from flame.client.config import Settings, data_dir
@@ -19,7 +22,10 @@ from flame.client.follow import Backoff
 from flame.client.local import PrivateServer, address, running
 from flame.errors import ServerError, ServerUnreachable
 
+log = logging.getLogger("flame.client")
+
 _PATIENCE = 30.0  # seconds for another server to finish starting or ending
+_STARTS = 5  # tries to start a private server that is killed while it starts
 
 
 @contextlib.asynccontextmanager
@@ -53,7 +59,7 @@ async def attached(
             try:
                 client = Client(await _url(folder, private), token)
                 await stack.enter_async_context(client)
-                await stack.enter_async_context(client.attach())
+                over = await stack.enter_async_context(client.attach())
                 break
             except (ServerError, ServerUnreachable) as error:
                 if _locked(folder):  # another one is about to start, or to end
@@ -70,7 +76,57 @@ async def attached(
         if private is not None:
             private.chosen = True
             stack.callback(private.leave)
+            keeper = asyncio.create_task(_keep(client, private, over))
+            stack.push_async_callback(_cancel, keeper)
         yield client
+
+
+async def _keep(client: Client, private: PrivateServer, over: Callable[[], Awaitable[None]]) -> None:
+    """Start a private server again whenever it is killed: its jobs and sessions go on where they were."""
+    port = urlsplit(client.server).port or 0
+    async with contextlib.AsyncExitStack() as stack:
+        while True:
+            await over()
+            for _ in range(_STARTS):
+                if await _ended(private) >= 0:  # somebody wanted it to end, or it cannot start
+                    break
+                log.warning("the private server was killed; it is started again")
+                await stack.aclose()
+                try:
+                    private.start_again(port)
+                    await _url(private.folder, private)
+                    over = await stack.enter_async_context(client.attach())
+                except (ServerError, ServerUnreachable) as error:
+                    log.error("the private server does not start again: %s", error)
+                else:
+                    break
+            if private.process.poll() is not None:
+                private.lost = True
+                return
+
+
+async def _ended(private: PrivateServer) -> int:
+    """Wait until its process is over; gives the exit status, negative for a signal."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[int] = loop.create_future()
+
+    def wait() -> None:
+        status = private.process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
+            loop.call_soon_threadsafe(_settle, over, status)
+
+    threading.Thread(target=wait, daemon=True).start()  # of the default executor, which is waited for, it would keep us
+    return await over
+
+
+def _settle(future: asyncio.Future[int], status: int) -> None:
+    if not future.done():
+        future.set_result(status)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _url(folder: Path, private: PrivateServer | None) -> str:

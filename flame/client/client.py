@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from flame.client import config
 from flame.client.http import Session
@@ -14,6 +14,7 @@ from flame.client.people import Deed, Projects, Tokens, Users
 from flame.client.resources import Codes, Computes, Datasets, Designs, Page, Schemas, ServerInfo
 from flame.client.sessions import Apps, Sessions
 from flame.client.tls import Tls
+from flame.errors import ServerUnreachable
 from flame.spec.people import Known
 
 
@@ -75,13 +76,21 @@ class Client:
         return (await self._session.call("GET", "/v1/audit", query=query, into=Page[Deed])).items
 
     @contextlib.asynccontextmanager
-    async def attach(self) -> AsyncIterator[None]:
+    async def attach(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Keep a private server alive while the context lasts; any other takes no notice.
+
+        The context gives a function that waits until the server has gone.
 
         :raises flame.errors.ServerUnreachable: nothing answers there.
         """
-        async with self._session.open("GET", "/v1/attach"):
-            yield
+        async with self._session.open("GET", "/v1/attach") as answer:
+
+            async def over() -> None:
+                with contextlib.suppress(ServerUnreachable):
+                    async for _ in answer.chunks():
+                        pass
+
+            yield over
 
     async def close(self) -> None:
         """Close the connections."""

@@ -43,19 +43,33 @@ class PrivateServer:
     """A private server that was asked to start.
 
     :param data_dir: its data directory.
+    :ivar folder: the data directory.
+    :ivar chosen: it is the one that serves; another one may have been faster.
+    :ivar lost: it has ended although it was needed, and is not there any more.
     :raises flame.errors.ServerUnreachable: the directory cannot be written.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self.log = data_dir / "server.log"
-        #: It is the one that serves; another one may have been faster.
-        self.chosen = False
-        command = ["serve", "--private", "--port", "0", "--data-dir", str(data_dir)]
+        self.chosen = self.lost = False
+        self.folder = data_dir
+        self.process = self._start(0)
+
+    def start_again(self, port: int) -> None:
+        """Start it once more, where it was: whoever uses it finds it there.
+
+        :raises flame.errors.ServerUnreachable: the directory cannot be written.
+        """
+        self.process = self._start(port)
+
+    def _start(self, port: int) -> subprocess.Popen[bytes]:
+        data_dir = self.folder
+        command = ["serve", "--private", "--port", str(port), "--data-dir", str(data_dir)]
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as log:
                 self._begin = log.tell()
-                self.process = subprocess.Popen(
+                return subprocess.Popen(
                     [sys.executable, "-m", "flame", *command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -72,10 +86,6 @@ class PrivateServer:
             lines = log.read().decode("utf-8", "replace").strip().splitlines()
         said = lines[-1] if lines else f"status {self.process.returncode}"
         return f"The private server did not start: {said} (its log is {self.log})."
-
-    def gone(self) -> bool:
-        """True if it served and has ended although it was needed: somebody has killed it."""
-        return self.chosen and self.process.poll() is not None
 
     def leave(self) -> None:
         """Let it end by itself, which nobody waits for: a thread that dies with this process sees to it that no zombie stays."""

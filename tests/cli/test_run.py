@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -108,14 +111,59 @@ def test_a_killed_command_takes_its_private_server_and_its_job_along(flame: Any)
     flame.until(lambda: not (flame.data_dir / "server.json").exists())
 
 
-def test_the_end_of_a_private_server_in_mid_job_is_noticed_at_once(flame: Any) -> None:
+def bound(one: socket.socket, port: int | None) -> bool:
+    """Whether it has got the port, which its owner before may not have let go of yet."""
+    with contextlib.suppress(OSError):
+        one.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
+def private_server(flame: Any) -> int:
+    return int(json.loads((flame.data_dir / "server.json").read_text())["pid"])
+
+
+def test_a_private_server_that_is_killed_is_started_again_and_its_job_goes_on(flame: Any, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    waits = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
+    process = flame.begin("run", flame.job(trainer=waits, aggregator=waits))
+    while "job running" not in (line := process.stdout.readline()):
+        assert line
+    for _ in range(2):
+        killed = private_server(flame)
+        os.kill(killed, signal.SIGKILL)
+        flame.until(lambda killed=killed: private_server(flame) != killed)
+    gate.touch()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, (out, err)
+    flame.until(lambda: not (flame.data_dir / "server.json").exists())
+
+
+def test_a_private_server_that_cannot_be_started_again_is_said_at_once(flame: Any) -> None:
     process = flame.begin("run", flame.job(trainer=WAITS, aggregator=WAITS))
     while "job running" not in (line := process.stdout.readline()):
         assert line
-    os.kill(json.loads((flame.data_dir / "server.json").read_text())["pid"], signal.SIGKILL)
-    _, err = process.communicate(timeout=10)
+    server = json.loads((flame.data_dir / "server.json").read_text())
+    process.send_signal(signal.SIGSTOP)
+    os.kill(server["pid"], signal.SIGKILL)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        flame.until(lambda: bound(taken, urlsplit(server["url"]).port))
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # nobody else may have it, and nobody is answered
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "The private server ended in the middle of the job" in err
+
+
+def test_a_private_server_that_is_told_to_end_takes_its_job_along(flame: Any) -> None:
+    process = flame.begin("run", flame.job(trainer=WAITS, aggregator=WAITS))
+    while "job running" not in (line := process.stdout.readline()):
+        assert line
+    os.kill(private_server(flame), signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "job terminated" in out
 
 
 def test_a_server_that_runs_in_the_data_directory_is_used(flame: Any, server: Any) -> None:

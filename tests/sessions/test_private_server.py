@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -47,4 +50,12 @@ async def test_it_stays_for_the_second_who_uses_it_when_the_first_one_leaves(dat
             assert await session.invoke(4) == 16
     finally:
         await second.close()
+    await gone(data_dir)
+
+
+async def test_one_that_is_killed_is_started_again_and_its_sessions_go_on(data_dir: Path) -> None:
+    async with flame.sessions.open(sessionkit.pid, max_instances=1) as session:
+        executor = await session.invoke(0)
+        os.kill(json.loads((data_dir / "server.json").read_text())["pid"], signal.SIGKILL)
+        assert await session.invoke(0) == executor
     await gone(data_dir)
