@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
+import ssl
 import struct
 import subprocess
 import threading
@@ -12,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from dataplanekit import eventually
+from dataplanekit import KEY, eventually
 
 from flame.errors import BackendError, EndLeft
 from flame.sdk.backends import p2p_handshake, p2p_peer
@@ -21,10 +23,8 @@ from flame.sdk.backends.p2p import P2pBackend
 from flame.sdk.backends.p2p_greeting import Doorkeeper
 
 
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory):
+def authority(folder):
     """A CA and a certificate of it, as the backend's options."""
-    folder = tmp_path_factory.mktemp("tls")
 
     def openssl(*arguments):
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
@@ -38,6 +38,11 @@ def tls(tmp_path_factory):
         name: str(folder / file)
         for name, file in (("tls_cert", "worker.pem"), ("tls_key", "worker.key"), ("tls_ca", "ca.pem"))
     }
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    return authority(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(params=["shared", "tcp", "tls"])
@@ -395,6 +400,39 @@ def test_with_tls_a_plain_worker_is_turned_away(worker, tls):
     assert not secure.channel.await_join(20)
     assert plain.channel.await_join(0.2)
     assert aggregator.channel.all_ends() == ["t2"]
+
+
+def test_with_tls_whoever_shows_no_certificate_of_the_authority_is_turned_away(worker, tls, tmp_path):
+    """Though they know the job's key, and on either side: neither do they get in, nor does anybody talk to them."""
+    theirs = authority(tmp_path)
+    impostor = worker("a", "aggregator", "trainer", **theirs)
+    trainer = worker("t1", **tls)
+    assert trainer.channel.await_join(1)
+    assert not trainer.channel.all_ends()
+    assert not impostor.channel.all_ends()
+    eventually(lambda: impostor.backend.turned_away)
+
+    aggregator = worker("b", "aggregator", "trainer", **tls)
+    stranger = worker("t2", **theirs)
+    assert not trainer.channel.await_join(20)
+    eventually(lambda: aggregator.backend.turned_away)
+    assert aggregator.channel.all_ends() == ["t1"]
+    assert "b" not in stranger.channel.all_ends()
+
+    before = aggregator.backend.turned_away
+    bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    bare.check_hostname = False
+    bare.load_verify_locations(tls["tls_ca"])
+    hello = p2p_handshake.Hello("job", "c", "default", "t3", "trainer", 1, True, "b", b"")
+    place = ("127.0.0.1", aggregator.tcp_port())
+    with (
+        socket.create_connection(place, timeout=20) as plain,
+        bare.wrap_socket(plain) as connection,
+        contextlib.suppress(ssl.SSLError, ConnectionError),  # the alert that it wants a certificate, or just the end
+    ):
+        connection.sendall(next(p2p_handshake.dial(KEY, hello))[0])
+        assert connection.recv(1) == b""
+    eventually(lambda: aggregator.backend.turned_away > before)
 
 
 def test_a_peer_that_is_not_there_yet_is_tried_again(worker, meeting, monkeypatch):
