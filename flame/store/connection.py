@@ -11,6 +11,8 @@ from pathlib import Path
 from flame.errors import StoreError
 
 _BUSY_SECONDS = 5.0
+#: The most of a database that one connection keeps in memory, in bytes. The system keeps the file's pages anyway, for all connections at once.
+_CACHE = 512 * 1024
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -30,6 +32,7 @@ def connect(path: Path) -> sqlite3.Connection:
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
+            db.execute(f"PRAGMA cache_size = {-_CACHE // 1024}")  # below zero: in KiB
             return db
         except sqlite3.Error as error:
             # Two processes that make a database WAL at the same time are refused at once, whatever the timeout.

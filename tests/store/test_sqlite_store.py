@@ -1,10 +1,12 @@
 """What is particular to SQLite: its file, its versions, its failures, and the group commit."""
 
 import asyncio
+import ctypes
 import fcntl
 import os
 import sqlite3
 import stat
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -208,6 +210,21 @@ async def test_a_read_only_database_says_so(tmp_path: Path, store: SqliteStore) 
     await store._write(lambda db: db.execute("PRAGMA query_only = 1"))
     with pytest.raises(StoreError, match="read-only"):
         await store.append("s", [("x", {})])
+
+
+async def test_memory_does_not_grow_with_what_was_written_and_read(store: SqliteStore) -> None:
+    library = getattr(sys.modules["_sqlite3"], "__file__", None)
+    if library is None:
+        pytest.skip("this Python has SQLite built in, and its count of bytes cannot be asked")
+    used = ctypes.CDLL(library).sqlite3_memory_used
+    used.restype = ctypes.c_int64
+    before = used()
+    for part in range(8):  # a megabyte each
+        name = f"job/{part}"
+        await store.append(name, [("metrics", {"text": "x" * 1000})] * 1000)
+        both = await asyncio.gather(store.read(name), store.read(name))  # by each of the readers
+        assert [len(events) for events in both] == [1000, 1000]
+    assert used() - before < 2 << 20
 
 
 async def test_lists_of_a_jobs_tasks_use_an_index(store: SqliteStore, raw: sqlite3.Connection) -> None:
