@@ -50,10 +50,16 @@ class Compression(Protocol):
     """Changes what travels on a channel."""
 
     def compress(self, message: Mapping[Any, Any]) -> Mapping[Any, Any]:
-        """What to send in place of ``message``."""
+        """What to send in place of ``message``; one that was made by this is left as it is."""
 
     def restore(self, message: codec.Message) -> codec.Message:
         """The message as it was meant, from one that has arrived."""
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers of what was sent: arrays and plain values by name."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Be as when :meth:`state` gave this."""
 
 
 class Channel:
@@ -187,6 +193,7 @@ class Channel:
             here = dict(self._inbox.present)
         if self._selector is None:
             return list(here)
+        here = dict(sorted(here.items(), key=lambda item: (item[1].member.order if item[1].member else "", item[0])))
         chosen = self._selector.select(here, self.properties)
         if isinstance(chosen, Mapping):
             for end, pair in chosen.items():
@@ -204,6 +211,19 @@ class Channel:
         load = getattr(self._selector, "load_state", None)
         if load is not None:
             load(state)
+
+    def prepare(self, message: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """A message as it will leave, for one who must know beforehand what sending it leaves behind here. Send it once."""
+        return message if self._compression is None else self._compression.compress(message)
+
+    def compression_state(self) -> dict[str, Any]:
+        """What the channel's compression must not forget: arrays and plain values by name."""
+        return {} if self._compression is None else self._compression.state()
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        """Let the compression go on where that of an earlier process, or of an earlier round, was."""
+        if self._compression is not None:
+            self._compression.load_state(state)
 
     def all_ends(self) -> list[str]:
         """All ends that are there, in the order in which they came."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import hmac
+import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from flame.errors import ChannelError, SpecError
 from flame.sdk import backends
 from flame.sdk.backends.base import Backend, BackendContext, Member, Rendezvous
 from flame.sdk.channel import WINDOW, Channel, Compression, Selector
+from flame.sdk.mode.seeding import seed_of
 
 if TYPE_CHECKING:
     from flame.sdk.config import Channel as ChannelConfig
@@ -171,6 +173,16 @@ class ChannelManager:
             if name in self._channels:
                 self._channels[name].load_selector_state(state)
 
+    def compression_states(self) -> dict[str, dict[str, Any]]:
+        """What the channels' compressions must not forget, arrays and plain values by name, by channel."""
+        states = {name: channel.compression_state() for name, channel in self._channels.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_compression_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Let the compressions of all channels go on where those of an earlier process, or of an earlier round, were."""
+        for name, channel in self._channels.items():
+            channel.load_compression_state(states.get(name, {}))
+
     def secret(self, purpose: str) -> bytes:
         """32 bytes that every worker of the job can make and nobody else, others for each purpose.
 
@@ -255,7 +267,8 @@ class ChannelManager:
             return None
         from flame.sdk import selectors
 
-        selector: Selector = selectors.make(chosen.sort, chosen.kwargs)
+        kwargs = self._seeded(selectors.selectors.load(chosen.sort), chosen.kwargs)
+        selector: Selector = selectors.make(chosen.sort, kwargs)
         return selector
 
     def _compression(self, spec: ChannelConfig) -> Compression | None:
@@ -265,4 +278,14 @@ class ChannelManager:
         from flame.sdk.optimizers import optimizers
 
         differences = bool(getattr(optimizers.load(self.config.optimizer.sort), "differences", False))
-        return compressions.make(spec.compression.sort, spec.compression.kwargs, differences=differences)
+        sort, kwargs = spec.compression.sort, dict(spec.compression.kwargs)
+        if sort != "none":
+            kwargs = self._seeded(compressions.compressors.load(sort), kwargs)
+        return compressions.make(sort, kwargs, differences=differences)
+
+    def _seeded(self, part: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a part that draws lots; in a deterministic job they are the same in every run, also where nobody has given a seed."""
+        drawn = "seed" in inspect.signature(part).parameters and kwargs.get("seed") is None
+        if drawn and self.config.policy.deterministic:
+            return {**kwargs, "seed": seed_of(self.config, self.order, 0)}
+        return dict(kwargs)

@@ -205,3 +205,13 @@ def test_arguments_are_checked_with_a_sentence():
         selectors.make("oort")
     with pytest.raises(SpecError, match="'async_oort' takes no argument 'pacer_stepp'"):
         selectors.make("async_oort", {"c": 2, "pacer_stepp": 3})
+
+
+def test_choices_are_the_same_in_every_run_though_ids_differ():
+    for sort in ("random", "round_robin"):
+        runs = []
+        for prefix in ("x", "a"):
+            ends = dict(zip([f"{prefix}{(7 * i) % 10}" for i in range(10)], crowd(10).values(), strict=True))
+            selector, places = selectors.make(sort, {"k": 4, **({"seed": 5} if sort == "random" else {})}), list(ends)
+            runs.append([[places.index(end) for end in selector.select(ends, {"round": n})] for n in range(1, 6)])
+        assert runs[0] == runs[1]

@@ -511,3 +511,26 @@ def test_topk_of_a_large_array_is_exact(k: float, shape: str) -> None:
     largest = np.sort(np.abs(change))[-count:]
     assert np.array_equal(np.sort(np.abs(back))[-count:], largest)
     assert np.count_nonzero(back) <= count
+
+
+@pytest.mark.parametrize(("sort", "kwargs"), [("topk", {"k": 0.1}), ("int8", {"rounding": "stochastic", "seed": 4})])
+def test_who_takes_up_what_was_remembered_sends_the_same(sort, kwargs):
+    first, second = compression.make(sort, kwargs), compression.make(sort, kwargs)
+    given = {"weights": {"w": np.zeros(500, np.float32)}}
+    version = {"sort": sort, "answers": None, "version": 1, "metadata": {"types": {}, "block": 1024}}
+
+    def answer(side, number):
+        side.restore(Message({**given, "compression": version}))
+        update = {"weights": {"w": np.random.default_rng(number).normal(size=500).astype(np.float32)}}
+        prepared = side.compress(update)
+        assert side.compress(prepared) is prepared, "what is prepared is not done twice"
+        return {name: array.tobytes() for name, array in prepared["weights"].items()}
+
+    answer(first, 1)
+    remembered = {name: np.array(v) if hasattr(v, "dtype") else v for name, v in first.state().items()}
+    sent = answer(first, 2)
+    assert answer(second, 2) != sent, "it does matter"
+    second.load_state(remembered)
+    assert answer(second, 2) == sent
+    first.load_state(remembered)
+    assert answer(first, 2) == sent, "a round that is done again"

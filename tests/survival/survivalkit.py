@@ -81,8 +81,9 @@ worker.run()
 UP, DOWN = ["fetch", "upload"], ["distribute", "aggregate"]
 
 
-def channel(name, lower, upper, groups=("default",), lower_tags=UP, upper_tags=DOWN):
+def channel(name, lower, upper, groups=("default",), lower_tags=UP, upper_tags=DOWN, **more):
     return {
+        **more,
         "name": name,
         "pair": [lower, upper],
         "groupBy": {"type": "tag", "value": list(groups)},
@@ -132,15 +133,16 @@ def top(module, base="TopAggregator", size=200):
     return TOP.format(module=module, base=base, size=size)
 
 
-def central(folder, *, sites=3, size=200, **settings):
+def central(folder, *, sites=3, size=200, compression=None, **settings):
     """One aggregator and some sites."""
+    more = {"compression": compression} if compression else {}
     return write_job(
         folder,
         {
             "trainer": (site("flame.sdk", size=size), {"isDataConsumer": True}),
             "aggregator": (top("flame.sdk", "Aggregator", size), {}),
         },
-        [channel("param", "trainer", "aggregator")],
+        [channel("param", "trainer", "aggregator", **more)],
         {"default": range(sites)},
         **settings,
     )

@@ -61,6 +61,43 @@ def test_the_model_is_that_of_the_undisturbed_run_whoever_is_killed(job, undistu
     assert bits(models) == bits(undisturbed[1])
 
 
+REMEMBERED = {
+    "topk and scaffold": (
+        {"sort": "topk", "kwargs": {"k": 0.1}},
+        {"optimizer": {"sort": "scaffold"}, "selector": {"sort": "round_robin", "kwargs": {"k": 2}}},
+    ),
+    "int8 and feddyn": (
+        {"sort": "int8", "kwargs": {"rounding": "stochastic"}},
+        {"optimizer": {"sort": "feddyn", "kwargs": {"alpha": 0.1}}, "selector": {"sort": "random", "kwargs": {"k": 3}}},
+    ),
+    "topk and noise": (
+        {"sort": "topk", "kwargs": {"k": 0.1}},
+        {
+            "optimizer": {"sort": "fedyogi"},
+            "privacy": {"sort": "dp", "kwargs": {"clip_threshold": 1.0, "noise_factor": 0.1, "seed": 3}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERED)
+def test_what_is_remembered_beside_the_model_is_that_of_the_undisturbed_run(tmp_path, name):
+    compression, model = REMEMBERED[name]
+    settings = {"modelSpec": model, "compression": compression, "restart": {"attempts": 10, "backoff": 0.1}}
+    job = central(tmp_path / "job", sites=4, **settings)
+    document, models = finish(tmp_path, job)
+    wishes = [
+        "trainer@train@1.kill",
+        "trainer@upload+@2.kill",
+        "aggregator@aggregate@3.kill",
+        "trainer@train+@4.kill",
+        "aggregator@checkpoint+@4.kill",
+    ]
+    again, found = finish(tmp_path, job, wishes, "disturbed")
+    assert [entry["metrics"] for entry in again["rounds"]] == [entry["metrics"] for entry in document["rounds"]]
+    assert bits(found) == bits(models)
+
+
 DEAF = """
 from flame.sdk.mode.message import MessageType
 from pathlib import Path

@@ -52,6 +52,13 @@ class Compressor(abc.ABC):
         :raises flame.errors.CodecError: arrays and metadata do not fit together.
         """
 
+    def state(self) -> dict[str, Any]:
+        """All that a restart needs: arrays, which are not changed any more, and plain values, by name."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of an earlier process, or of an earlier round; what is not in it is forgotten."""
+
 
 def is_floating(array: Array) -> bool:
     """Whether a compressor acts on it: floating, and not empty."""

@@ -58,6 +58,8 @@ class Exchange:
 
     def compress(self, message: Mapping[Any, Any]) -> Mapping[Any, Any]:
         """See :class:`flame.sdk.channel.Compression`."""
+        if COMPRESSION in message:
+            return message
         key = next((key for key in message if _is_weights(key)), None)
         if key is None or not isinstance(message[key], Mapping):
             return message
@@ -82,6 +84,16 @@ class Exchange:
         with self._lock:
             message.data[WEIGHTS] = self._restore(as_arrays(arrays), how)
         return message
+
+    def state(self) -> dict[str, Any]:
+        """See :class:`flame.sdk.channel.Compression`."""
+        return self._compressor.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See :class:`flame.sdk.channel.Compression`."""
+        with self._lock:
+            self._compressor.load_state(state)
+            self._last = (None, {}, {})  # a model that is given again after this is compressed again
 
     def _restore(self, arrays: Arrays, how: Mapping[str, Any]) -> Arrays:
         given, metadata = how.get("answers") is None, how.get("metadata")
@@ -148,6 +160,13 @@ class Nothing:
     def restore(self, message: Message) -> Message:
         """The message itself."""
         return message
+
+    def state(self) -> dict[str, Any]:
+        """There is nothing to remember."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to remember."""
 
 
 def _is_weights(key: Any) -> bool:

@@ -29,6 +29,7 @@ from flame.sdk.plugins import integer
 #: Where the scales of all arrays travel, one after the other.
 SCALES = "__scales__"
 LEVELS = 127
+_ERROR, _RANDOM = "error/", "random"
 
 
 class Int8(Compressor):
@@ -88,6 +89,20 @@ class Int8(Compressor):
         if scales:
             arrays[SCALES] = np.concatenate(scales)
         return arrays, {"types": types, "block": self._block}
+
+    def state(self) -> dict[str, Any]:
+        """See the base class."""
+        state: dict[str, Any] = {f"{_ERROR}{name}": error for name, error in self._errors.items()}
+        if self._random is not None:
+            state[_RANDOM] = self._random.bit_generator.state
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See the base class."""
+        errors = {name.removeprefix(_ERROR): each for name, each in state.items() if name.startswith(_ERROR)}
+        self._errors = {name: np.array(error) for name, error in errors.items()}
+        if self._random is not None and _RANDOM in state:
+            self._random.bit_generator.state = state[_RANDOM]
 
     def decompress(self, arrays: Arrays, metadata: Mapping[str, Any]) -> dict[str, Array]:
         """See the base class."""

@@ -25,6 +25,7 @@ from flame.sdk.plugins import number
 
 INDICES, VALUES = "__indices__", "__values__"
 SAMPLE_STEP = 97  # no power of two, so that the sample does not follow a matrix's rows
+_ERROR = "error/"
 _LARGEST = np.iinfo(np.uint32).max
 
 
@@ -89,6 +90,15 @@ class TopK(Compressor):
             arrays[INDICES] = np.concatenate(indices)
             arrays[VALUES] = np.concatenate(values)
         return arrays, {"sent": sent, "order": list(weights)}
+
+    def state(self) -> dict[str, Any]:
+        """See the base class."""
+        return {f"{_ERROR}{name}": error for name, error in self._errors.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See the base class."""
+        errors = {name.removeprefix(_ERROR): each for name, each in state.items() if name.startswith(_ERROR)}
+        self._errors = {name: np.array(error) for name, error in errors.items()}
 
     def decompress(self, arrays: Arrays, metadata: Mapping[str, Any]) -> dict[str, Array]:
         """See the base class.

@@ -62,5 +62,7 @@ class DataSampler(abc.ABC):
     """One rule. Constructed with its keyword arguments from the job; a worker uses the side of its role."""
 
     sort: ClassVar[str]
+    #: Whether its choices depend on how long things take.
+    timed: ClassVar[bool] = False
     trainer_data_sampler: TrainerSampler
     aggregator_data_sampler: AggregatorSampler

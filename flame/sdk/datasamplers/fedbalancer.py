@@ -53,6 +53,7 @@ class FedBalancer(DataSampler):
     """
 
     sort = "fedbalancer"
+    timed = True
 
     def __init__(
         self,
@@ -309,6 +310,7 @@ class FedBalancerAggregator(AggregatorSampler):
             "threshold": [self.threshold, self.threshold_ratio],
             "deadline": [self.deadline, self.deadline_ratio],
             "benefits": self.benefits,
+            "told": self.told,
             "durations": {end: [list(each) for each in history] for end, history in self.durations.items()},
         }
 
@@ -316,7 +318,7 @@ class FedBalancerAggregator(AggregatorSampler):
         """See :meth:`AggregatorSampler.load_state`."""
         self.threshold, self.threshold_ratio = state["threshold"]
         self.deadline, self.deadline_ratio = state["deadline"]
-        self.benefits = list(state["benefits"])
+        self.benefits, self.told = list(state["benefits"]), list(state["told"])
         self.durations = {end: [(each[0], each[1]) for each in history] for end, history in state["durations"].items()}
 
     def _steer(self) -> None:

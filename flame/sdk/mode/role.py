@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from flame.errors import ChannelError, DeadlineExceeded, WorkerError
 from flame.sdk import link as links
 from flame.sdk.channel import Channel
@@ -108,13 +110,33 @@ class Role(ABC):
                 own[str(name)] = value
         if own:
             state.values["user"] = own
+        if self._strict:
+            self._keep_compressions(state)
         return state
+
+    def _keep_compressions(self, state: State) -> None:
+        """What compressed messages have lost so far, and the next ones will make up for. It is as large as the model, so only a job that must
+        end with the same bits keeps it."""
+        for channel, entries in self.cm.compression_states().items():
+            for name, value in entries.items():
+                if isinstance(value, np.ndarray):
+                    state.arrays[f"compression/{channel}/{name}"] = value
+                else:
+                    state.values.setdefault("compression", {}).setdefault(channel, {})[name] = value
 
     def _load(self, state: State) -> None:
         """Be where an earlier worker was."""
         own = {**state.part("user"), **state.values.get("user", {})}
         if own:
             self.restore(own)
+        if self._strict:
+            found: dict[str, dict[str, Any]] = {
+                channel: dict(values) for channel, values in state.values.get("compression", {}).items()
+            }
+            for key, array in state.part("compression").items():
+                channel, _, name = key.partition("/")
+                found.setdefault(channel, {})[name] = array
+            self.cm.load_compression_states(found)
 
     @property
     def _strict(self) -> bool:

@@ -37,12 +37,14 @@ class Selector(abc.ABC):
     """One rule. Constructed with its keyword arguments from the job, once for each channel that uses it."""
 
     sort: ClassVar[str]
+    #: Whether its choices depend on how long things take.
+    timed: ClassVar[bool] = False
 
     @abc.abstractmethod
     def select(self, ends: Mapping[str, EndLike], channel_props: Mapping[str, Any]) -> list[str]:
         """The ends that take part.
 
-        :param ends: everyone who is there, by id.
+        :param ends: everyone who is there, by id; in an order that is the same in every run of a job, while ids differ.
         :param channel_props: ``round``, and ``state``: ``send`` or ``recv``, what the ends are wanted for.
         :returns: ids, each one of ``ends``, none twice.
         """

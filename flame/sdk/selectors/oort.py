@@ -46,6 +46,7 @@ class Oort(OncePerRound):
     """
 
     sort = "oort"
+    timed = True
 
     def __init__(
         self,

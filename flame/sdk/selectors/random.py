@@ -27,4 +27,4 @@ class Random(OncePerRound):
 
     def choose(self, ends: Mapping[str, EndLike], number: int) -> list[str]:
         """See :meth:`OncePerRound.choose`."""
-        return self.random.sample(sorted(ends), min(self.k, len(ends)))
+        return self.random.sample(list(ends), min(self.k, len(ends)))

@@ -10,7 +10,7 @@ from flame.sdk.selectors.base import EndLike, OncePerRound
 
 
 class RoundRobin(OncePerRound):
-    """The ends in the order of their ids, ``k`` a round, and from the beginning again.
+    """The ends in the order in which they are given, ``k`` a round, and from the beginning again.
 
     :param k: how many; all where there are fewer.
     """
@@ -20,21 +20,20 @@ class RoundRobin(OncePerRound):
     def __init__(self, k: int) -> None:
         super().__init__(0)
         self.k = integer("k", k, low=1)
-        self.last = ""
+        self.turns: dict[str, int] = {}  # of each end, its place in the order in which they were chosen last
 
     def choose(self, ends: Mapping[str, EndLike], number: int) -> list[str]:
         """See :meth:`OncePerRound.choose`."""
-        order = sorted(ends)
-        order = [end for end in order if end > self.last] + [end for end in order if end <= self.last]
-        chosen = order[: self.k]
-        self.last = chosen[-1] if chosen else self.last
+        chosen = sorted(ends, key=lambda end: self.turns.get(end, 0))[: self.k]
+        first = max(self.turns.values(), default=0) + 1
+        self.turns.update({end: turn for turn, end in enumerate(chosen, first)})
         return chosen
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Selector.state`."""
-        return super().state() | {"last": self.last}
+        return super().state() | {"turns": self.turns}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Selector.load_state`."""
         super().load_state(state)
-        self.last = state["last"]
+        self.turns = dict(state["turns"])

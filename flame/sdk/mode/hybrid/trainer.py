@@ -97,6 +97,7 @@ class Trainer(SyncTrainer):
         if tag != TAG_RING_ALLREDUCE:
             return
         weights, extra = self._trained_weights()
+        self._remember()
         mine = {**weights, **{EXTRA + name: array for name, array in extra.items()}}
         me = self._table.me.end
         while True:

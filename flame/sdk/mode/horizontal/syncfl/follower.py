@@ -95,6 +95,12 @@ class Follower(Role):
             log.info("The aggregator %s left before it sent round %d; waiting for it.", self._source, self._round + 1)
             self._source = None
 
+    def _hand_in(self, channel: Channel, message: Mapping[Any, Any]) -> None:
+        """Send the update that ends the round, once what it leaves behind here is remembered."""
+        message = channel.prepare(message)
+        self._remember()
+        self._answer(channel, message)
+
     def _answer(self, channel: Channel, message: Mapping[Any, Any]) -> None:
         """Send an update to who gave the model; it is lost where that one is gone."""
         channel.set_property("round", self._round)

@@ -151,9 +151,8 @@ class MiddleAggregator(RoundAggregator, Follower):
     def _send_weights(self, tag: str) -> None:
         whole = self._sent == (0, 0.0)
         message = self._part()
-        self._remember()
         self._given = {}
-        self._answer(self.channel(tag), message)
+        self._hand_in(self.channel(tag), message)
         weights = message[MessageType.WEIGHTS]
         if whole and weights and self.model is not None and not self._optimizer.differences:
             set_weights(self.model, weights)  # for `evaluate` to see

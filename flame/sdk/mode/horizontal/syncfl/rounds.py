@@ -30,6 +30,7 @@ from flame.sdk.mode.farewell import say_done
 from flame.sdk.mode.message import MessageType
 from flame.sdk.mode.role import Role
 from flame.sdk.optimizers.base import Optimizer, Update, trainers_of
+from flame.sdk.selectors import selectors
 from flame.sdk.selectors.base import PROP_ROUND_DURATION, PROP_STAT_UTILITY
 from flame.sdk.weights import as_arrays
 
@@ -113,9 +114,26 @@ class RoundAggregator(Role):
         super().internal_init()
         self._optimizer = optimizers.make(self.config.optimizer.sort, self.config.optimizer.kwargs)
         chosen = self.config.datasampler
-        self._datasampler = datasamplers.make(chosen.sort, chosen.kwargs).aggregator_data_sampler
+        datasampler = datasamplers.make(chosen.sort, chosen.kwargs)
+        self._datasampler = datasampler.aggregator_data_sampler
+        if self.config.policy.deterministic:
+            self._warn_of_clocks(datasampler.timed)
         self._met = False
         self._known_order = {}
+
+    def _warn_of_clocks(self, datasampler: bool) -> None:
+        """Say what makes a deterministic job depend on how long things take.
+
+        :param datasampler: whether the datasampler does.
+        """
+        config = self.config
+        chosen = {each.sort for each in (config.selector, *(one.selector for one in config.channels.values())) if each}
+        timed = sorted(f"the selector {sort}" for sort in chosen if getattr(selectors.load(sort), "timed", False))
+        timed += [f"the datasampler {config.datasampler.sort}"] if datasampler else []
+        if timed:
+            self.link.warning(
+                f"{' and '.join(timed)} depends on how long things take: policy.deterministic cannot make two runs equal here."
+            )
 
     def _state(self) -> State:
         """See :class:`Role`: what the optimizer, the datasampler and the selectors remember."""

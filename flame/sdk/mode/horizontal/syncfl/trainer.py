@@ -68,7 +68,7 @@ class Trainer(Training, Follower):
 
     def _send_weights(self, tag: str) -> None:
         weights, extra = self._trained_weights()
-        self._answer(self.channel(tag), self._message(weights, self._count(), extra))
+        self._hand_in(self.channel(tag), self._message(weights, self._count(), extra))
 
     def _trained_weights(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """The update as it leaves, and the further arrays of the optimizer. Call it once a round."""
@@ -77,7 +77,6 @@ class Trainer(Training, Follower):
         if self._start is not None:
             weights = self._disguised(weights, self._start, extra)
             self._start = None  # the received model's memory is wanted again
-        self._remember()
         return weights, extra
 
     def _message(self, weights: Mapping[str, Any], count: float, extra: Mapping[str, Any]) -> dict[Any, Any]:
