@@ -75,9 +75,9 @@ class Guard:
             raise Forbidden("Pages of other sites may not call this server.")
         if self.trusting and not self._known(request.host):
             raise Forbidden(f"This server is not called {request.host!r}: use its address, or start it with a token.")
-        if access in (Access.OPEN, Access.INVITED):  # invites are opened by who has made them
+        if access is Access.OPEN:
             return NOBODY
-        if access is Access.WORKER:
+        if access in (Access.WORKER, Access.INVITED):  # the key or the invite itself is looked at by who has made it
             if self._certificates and not _certificate(request):
                 raise Unauthorized("Workers must show a certificate here: set FLAME_TLS_CERT and FLAME_TLS_KEY.")
             return NOBODY

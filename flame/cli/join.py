@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from flame.client.participant import Participant
     from flame.spec.records import Seat
 
+#: Variables that name certificates and keys: towards the server, and between workers.
+_FILES = tuple(
+    f"FLAME_{name}" for name in ("CA", "TLS_CERT", "TLS_KEY", "P2P_TLS_CERT", "P2P_TLS_KEY", "P2P_TLS_CA", "MQTT_CA")
+)
 #: Seconds between two tries after the worker was lost; doubled each time, up to the second.
 _PAUSES = (0.5, 30.0)
 
@@ -42,6 +46,12 @@ _PAUSES = (0.5, 30.0)
     ),
 )
 @click.option("--server", metavar="URL", help="The server's address. Else FLAME_SERVER, else the configured one.")
+@click.option(
+    "--ca",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The authority that vouches for the server, where the system does not know it; else FLAME_CA.",
+)
 @click.option("--token", envvar="FLAME_INVITE", required=True, help="The invite's token; else FLAME_INVITE.")
 @click.option("--dataset", metavar="URL", help="Your data: a path or an URL. Only your own worker learns of it.")
 @click.option("--realm", help="Where your data lie, such as us/west; chooses the place in the job.")
@@ -57,6 +67,7 @@ _PAUSES = (0.5, 30.0)
 @output_option
 def join(  # noqa: PLR0917
     server: str | None,
+    ca: Path | None,
     token: str,
     dataset: str | None,
     realm: str | None,
@@ -75,8 +86,11 @@ def join(  # noqa: PLR0917
 
     settings = config.resolve(server)
     url = settings.server or local.running(config.data_dir()) or config.DEFAULT_SERVER
-    if settings.ca:
-        os.environ.setdefault("FLAME_CA", settings.ca)  # for the worker too
+    if trusted := str(ca or "") or os.environ.get("FLAME_CA") or settings.ca:
+        os.environ["FLAME_CA"] = trusted
+    for variable in _FILES:  # for the worker too, which runs in another folder
+        if (given := os.environ.get(variable)) and not given.startswith("-----BEGIN "):
+            os.environ[variable] = str(Path(given).expanduser().absolute())
 
     async def look() -> Review:
         from flame.client.participant import Participant

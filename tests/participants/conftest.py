@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from flame.cli.main import flame
 from flame.client import Client
 from flame.spec import bundle
 from flame.spec.nouns import Channel, Dataset, DatasetGroups, JobForm, ModelSpec, Role, RoundPolicy, Schema
@@ -83,7 +85,8 @@ mean.run()
 class Server:
     """``flame serve`` on a data directory; it can be killed and started again."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *arguments: str) -> None:
+        self.arguments = arguments
         self.data_dir = data_dir
         self.log = data_dir.parent / "server.log"
         self.process: subprocess.Popen[bytes]
@@ -93,6 +96,7 @@ class Server:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "flame", "serve", "--port", "0", "--data-dir", str(self.data_dir)]
+            command += self.arguments
             environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)  # noqa: ASYNC220
         async with asyncio.timeout(60):
@@ -180,10 +184,10 @@ class Joined:
 class Place:
     """A server with a client, and what a test of participants needs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
         self.gate = folder / "gate"
-        self.server = Server(folder / "data")
+        self.server = Server(folder / "data", *arguments)
         self.client: Client
         self.joined: list[Joined] = []
 
@@ -291,7 +295,34 @@ def pack(folder: Path) -> bytes:
 
 @pytest.fixture
 async def place(tmp_path: Path) -> AsyncIterator[Place]:
-    one = Place(tmp_path)
+    async with living(Place(tmp_path)) as one:
+        yield one
+
+
+@pytest.fixture
+async def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    """A server with certificates of an authority of its own, which asks workers for theirs, as the guide says it; p2p under TLS, too."""
+    certs = tmp_path / "certs"
+    for words in (["ca"], ["server", "--host", "flame.test"], ["client", "workers"], ["client", "site"]):
+        made = CliRunner().invoke(flame, ["cert", *words, "--dir", str(certs)])
+        assert made.exit_code == 0, made.output
+    monkeypatch.setenv("FLAME_CA", str(certs / "ca.pem"))
+    given = {
+        "--tls-cert": "server.pem",
+        "--tls-key": "server-key.pem",
+        "--tls-ca": "ca.pem",
+        "--tls-client-ca": "ca.pem",
+        "--tls-worker-cert": "workers.pem",
+        "--tls-worker-key": "workers-key.pem",
+    }
+    arguments = [word for option, file in given.items() for word in (option, str(certs / file))]
+    async with living(Place(tmp_path, *arguments, "--p2p-tls")) as one:
+        yield one
+
+
+@contextlib.asynccontextmanager
+async def living(one: Place) -> AsyncIterator[Place]:
+    """The place with its server, until all in it has ended."""
     await one.server.start()
     try:
         async with Client(one.server.url) as one.client:

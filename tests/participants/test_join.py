@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flame.certificates import make_authority
 from flame.spec.records import JobState, TaskState
 
 
@@ -132,6 +135,53 @@ async def test_an_invite_that_is_taken_back_ends_the_worker_and_frees_the_place(
     assert await other.end() == 0
     steps, _ = await place.steps(job)
     assert steps[2:] == [pytest.approx((1 + 4) / 2)] * 3
+
+
+def give(place: Any, number: int, *files: str) -> Path:
+    """Copy certificates into a participant's own folder."""
+    folder: Path = place.folder / f"owner{number}"
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copy(place.folder / "certs" / file, folder)
+    return folder
+
+
+async def test_over_tls_a_participant_trusts_the_authority_it_was_given_and_shows_its_certificate(secure: Any) -> None:
+    """With the files in the folder where the command is run; its worker runs in another one."""
+    job = await secure.job(system=1, brought=1, rounds=3)
+    agreed = await accept(secure, job)
+    invite = await secure.client.invites.create(job.id)
+    assert secure.server.url.startswith("https://")
+    give(secure, 1, "ca.pem", "site.pem", "site-key.pem")
+    shown = {"FLAME_TLS_CERT": "site.pem", "FLAME_TLS_KEY": "site-key.pem"}
+    joined = secure.join(1, invite.token, *agreed, "--ca", "ca.pem", env=shown)
+    assert await joined.end() == 0, joined.text
+    assert "Your part has completed" in joined.text
+    job = await secure.client.jobs.wait(job.id)
+    assert job.state is JobState.COMPLETED, job.failure
+    steps, counts = await secure.steps(job)
+    assert (counts, steps) == ([2, 2, 2], [pytest.approx((1 + 2) / 2)] * 3)
+
+
+async def test_over_tls_who_lacks_a_certificate_is_told_so_in_a_sentence_and_does_not_try_again(secure: Any) -> None:
+    job = await secure.job(system=1, brought=1, rounds=1)
+    agreed = await accept(secure, job)
+    invite = await secure.client.invites.create(job.id)
+    other = make_authority("somebody else", 1)
+    give(secure, 3)
+    (secure.folder / "owner3" / "other.pem").write_text(other.certificate)
+    for number, words, sentence in (
+        (1, (), "is not trusted"),
+        (3, ("--ca", "other.pem"), "is not trusted"),
+        (4, ("--ca", "nothing.pem"), "cannot be used"),
+        (5, ("--ca", str(secure.folder / "certs" / "ca.pem")), "must show a certificate"),
+    ):
+        joined = secure.join(number, invite.token, *agreed, *words)
+        assert await joined.end() in (1, 2, 3), joined.text
+        assert sentence in joined.text
+        assert "Traceback" not in joined.text
+        assert len(joined.text.splitlines()) <= 2, joined.text
+    assert [task.attempt for task in await secure.tasks(job) if task.config.from_user] == [0]
 
 
 async def test_nothing_runs_before_the_owner_has_agreed_to_the_code(place: Any) -> None:
