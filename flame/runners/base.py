@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
 from flame.spec.nouns import Resources
+
+T = TypeVar("T")
+#: Seconds after which a worker is said to wait for something.
+_MOMENT = 1.0
 
 #: What a worker runs: the agent that executes a job's task.
 FLAMELET = "flame.flamelet"
@@ -129,3 +134,20 @@ class Runner(abc.ABC):
     @abc.abstractmethod
     async def close(self) -> None:
         """Let go of the compute; the workers go on."""
+
+    def _say(self, worker: WorkerInfo, message: str | None) -> None:
+        """Tell what a worker waits for; None: nothing any more."""
+        if self.on_news is not None:
+            self.on_news(worker, message)
+
+    async def _before(self, worker: WorkerInfo, waits: str, work: Coroutine[Any, Any, T]) -> T:
+        """Do what must be done before a worker can be started; if it takes more than a moment, the worker is said to wait for it."""
+        doing = asyncio.ensure_future(work)
+        done, _ = await asyncio.wait([doing], timeout=_MOMENT)
+        if done:
+            return doing.result()
+        self._say(worker, waits)
+        try:
+            return await doing
+        finally:
+            self._say(worker, None)

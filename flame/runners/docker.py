@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import msgspec
 
@@ -22,10 +22,6 @@ from flame.runners.docker_container import Containers, signal_of
 from flame.runners.docker_engine import Engine, Refused, log
 from flame.runners.docker_images import Dependencies, Images, Once
 from flame.runners.docker_network import Route
-
-T = TypeVar("T")
-#: Seconds after which a worker is said to wait for something.
-_MOMENT = 1.0
 
 
 class _Worker:
@@ -158,22 +154,6 @@ class DockerRunner(Runner):
                 return self._adopt(info._replace(handle=container)).info
         except Refused as refusal:
             raise RunnerError(f"The container of {spec.name} could not be started: {refusal.reason}") from refusal
-
-    async def _before(self, info: WorkerInfo, waits: str, work: Coroutine[Any, Any, T]) -> T:
-        """What must be done before a worker can be started; if it takes more than a moment, the worker is said to wait for it."""
-        doing = asyncio.ensure_future(work)
-        done, _ = await asyncio.wait([doing], timeout=_MOMENT)
-        if done:
-            return doing.result()
-        self._say(info, waits)
-        try:
-            return await doing
-        finally:
-            self._say(info, None)
-
-    def _say(self, info: WorkerInfo, message: str | None) -> None:
-        if self.on_news is not None:
-            self.on_news(info, message)
 
     def _adopt(self, info: WorkerInfo, *, ended: bool = False) -> _Worker:
         worker = self._workers[_name(info)] = _Worker(info)

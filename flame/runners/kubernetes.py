@@ -265,7 +265,7 @@ class KubernetesRunner(Runner):
             self._over(worker, verdict.exit)
             return
         if verdict.message != before.message or verdict.stage is not before.stage:
-            self._news(worker, verdict.message)
+            self._say(worker.info, verdict.message)
         if verdict.stage is Stage.ROOM and verdict.judged:
             self._roomless.pop(worker.info.task, None)
             self._roomless[worker.info.task] = verdict.message
@@ -305,10 +305,6 @@ class KubernetesRunner(Runner):
             worker.keeping = loop.call_later(keep, lambda: self._spawn(self._delete(worker, 0)))
         if self._on_exit is not None:
             self._on_exit(worker.info, how)
-
-    def _news(self, worker: _Worker, message: str | None) -> None:
-        if self.on_news is not None:
-            self.on_news(worker.info, message)
 
     # ------------------------------------------------------------------------------------------------ patience
 

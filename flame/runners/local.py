@@ -164,7 +164,11 @@ class LocalRunner(Runner):
     async def _start(self, spec: WorkerSpec) -> WorkerInfo:
         info = WorkerInfo(spec.task, spec.job, spec.attempt, "")
         work_dir = self._work_dir(info)
-        python = await self._environments.python(spec.dependencies)
+        python = await self._before(
+            info,
+            f"Its dependencies are being installed: {', '.join(spec.dependencies)}.",
+            self._environments.python(spec.dependencies),
+        )
         # What FLAME_ variables the server has are for the server.
         environment = {
             name: value

@@ -8,9 +8,13 @@ import textwrap
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_environments import make_wheel
 
 from flame.errors import RunnerError, SpecError, UsageError
 from flame.runners import WorkerExit, WorkerInfo, WorkerSpec, local, make_runner, processes, runner_for
@@ -167,6 +171,37 @@ async def test_what_a_killed_worker_leaves_behind_is_ended_before_it_is_reported
     os.kill(int(worker.handle), 9)
     await eventually(lambda: bool(harness.exits))
     assert not [process for process in family if processes.is_alive(process)]
+
+
+async def test_a_worker_whose_dependencies_take_their_time_is_said_to_wait_for_them(
+    harness: Harness, tmp_path: Path
+) -> None:
+    wheel = Path(urlsplit(make_wheel(tmp_path / "wheels", "flametestone").split(" @ ")[1]).path)
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await may_answer.wait()
+        body = wheel.read_bytes()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1") as index:
+        url = f"http://127.0.0.1:{index.sockets[0].getsockname()[1]}/{wheel.name}"
+        runner, news = await harness.open(), asyncio.Queue[tuple[WorkerInfo, str | None]]()
+        runner.on_news = lambda worker, message: news.put_nowait((worker, message))
+        spec = harness.spec("a")._replace(dependencies=[f"flametestone @ {url}"])
+        start = asyncio.create_task(runner.start(spec))
+        async with asyncio.timeout(60):
+            await asked.wait()
+            info, message = await news.get()
+            assert message == f"Its dependencies are being installed: flametestone @ {url}."
+            assert info[:3] == ("a", "job1", 1)
+            may_answer.set()
+            assert (await news.get())[1] is None
+            await harness.ready(await start)
 
 
 async def test_fifty_workers_start_at_once_and_end_at_once(harness: Harness) -> None:

@@ -68,8 +68,20 @@ class Pool:
         live.executors[executor.id] = executor
         self._floor.executors[executor.id] = executor
         self._floor.ground.hold(executor)
-        executor.after("reunion", DEPLOY, lambda: self._missed(executor))
+        self.awaited(executor, waits=False)
         self._floor.context.background.spawn(self._begin(executor, live.application))
+
+    def awaited(self, executor: Executor, *, waits: bool) -> None:
+        """An executor must appear in time; while its compute has it wait, for how long is the compute's affair.
+
+        :param waits: for room, for its image, for what is being installed.
+        """
+        if executor.state is not ExecutorState.STARTING or executor.link is not None or executor.releasing:
+            return
+        if waits:
+            executor.never("reunion")
+        else:
+            executor.after("reunion", DEPLOY, lambda: self._missed(executor))
 
     def _missed(self, executor: Executor) -> None:
         """An executor was started and has never said a word."""

@@ -49,6 +49,9 @@ class Tenant:
         """A compute says what an executor waits for, or why it takes it away. Its end, with the cause, is told besides."""
         if message is not None:
             log.info("executor %s: %s", worker.task, message)
+        executor = self._floor.executors.get(worker.task)
+        if executor is not None:
+            self._pool.awaited(executor, waits=message is not None)
 
     def freed(self) -> None:
         """There may be room that was not there before."""
