@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cryptography import x509
 
 #: Clocks of machines differ; a certificate is good from so long before it was made.
-_SLACK = datetime.timedelta(hours=1)
+_SLACK = datetime.timedelta(days=1)
 _FOREVER = 36_500
 
 

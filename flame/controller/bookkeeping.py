@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from flame.controller.context import StoredTask
 from flame.controller.events import Action, Clock, Enter, Warn
 from flame.controller.lifecycle import JobLife, TaskLife, missing, quorums
+from flame.controller.moments import mark
 from flame.spec.nouns import RoundPolicy
 from flame.spec.records import Event, Job, JobState, Round, Task, TaskState
 
@@ -168,11 +169,11 @@ def job_fields(job: Job, before: JobLife, after: JobLife, actions: Sequence[Acti
                 if state is JobState.STARTING and job.started_at is None:
                     fields["started_at"] = now
                 if state is JobState.PAUSED:
-                    fields["running_at"] = None
+                    fields |= {"running_at": None, "running_mark": None}
                 if state.ended:
                     fields["ended_at"] = now
             case Clock():
-                fields["running_at"] = now
+                fields |= {"running_at": now, "running_mark": mark()}
             case Warn(message=message):
                 warnings.append(message)
             case _:

@@ -37,6 +37,7 @@ from flame.controller.bookkeeping import (
 from flame.controller.computes import clean
 from flame.controller.context import Context, StoredTask, log
 from flame.controller.ledger import Ledger, surely
+from flame.controller.moments import seconds_since
 from flame.controller.placement import Need, need_of, placement_of
 from flame.controller.rendezvous import Rendezvous
 from flame.controller.shelf import Saved
@@ -507,9 +508,10 @@ class Supervisor:
                 await clean(context.computes, worker.compute, worker.info)
 
     def _wind_clock(self) -> None:
-        limit, since = self._ledger.job.form.max_run_time, self._ledger.job.running_at
-        if limit is not None and since is not None and self._clock is None:
-            left = max(0.0, since + limit - time.time())
+        job = self._ledger.job
+        limit = job.form.max_run_time
+        if limit is not None and job.running_at is not None and self._clock is None:
+            left = max(0.0, limit - seconds_since(job.running_mark, job.running_at))
             self._clock = asyncio.get_running_loop().call_later(left, self._time_is_up, limit)
 
     def _time_is_up(self, limit: float) -> None:

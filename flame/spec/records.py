@@ -166,6 +166,7 @@ class Job(Record, kw_only=True):
     """A job as the server knows it. ``warnings`` are sentences such as: the registry is down since 10:04.
 
     ``model`` is the job's model; of a job of independent groups the first one's, and ``models`` has those of all.
+    ``running_mark``: the moment ``running_at`` on the clock since the server's machine was started, which nobody sets.
     ``restart_behind``: it is being restarted, and goes on behind this round once its workers have ended.
     """
 
@@ -178,6 +179,7 @@ class Job(Record, kw_only=True):
     created_at: float = 0.0
     started_at: float | None = None
     running_at: float | None = None
+    running_mark: str | None = None
     ended_at: float | None = None
     failure: Failure | None = None
     reason: str | None = None
