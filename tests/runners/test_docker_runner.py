@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import engines
 from places import IMAGE, DockerPlace, eventually, limited, no_docker, place
 from private_docker import PrivateEngine
+from test_environments import make_wheel
 
 from flame.errors import RunnerError, SpecError
 from flame.runners import Runner, WorkerExit, WorkerInfo, read_config
@@ -189,15 +189,8 @@ def test_a_configuration_that_cannot_be_is_refused_when_it_is_registered(
 
 async def test_dependencies_are_installed_once_and_cannot_be_written_to(engine: DockerPlace, tmp_path: Path) -> None:
     engine.config["image"] = engines.docker_image()
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "setup.py").write_text(
-        "from setuptools import setup; setup(name='leaf', version='1', py_modules=['leaf'])"
-    )
-    (package / "leaf.py").write_text("")
     wheels = tmp_path / "wheels"
-    command = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(package)]
-    await asyncio.to_thread(subprocess.run, [sys.executable, "-m", *command], check=True, timeout=60)
+    make_wheel(wheels, "leaf")
     engine.config["volumes"] = [*engine.config["volumes"], f"{wheels}:/wheels:ro"]
     leaf = f"leaf @ file:///wheels/{next(wheels.iterdir()).name}"
     runner = await engine.open()
