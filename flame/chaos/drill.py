@@ -12,10 +12,11 @@ from random import Random
 
 import msgspec
 
-from flame.chaos import acts
 from flame.chaos.plan import PARTS, Deed
-from flame.chaos.processes import Process, workers
+from flame.chaos.processes import Process
+from flame.chaos.reach import Reach
 from flame.chaos.server import Part
+from flame.chaos.target import Target
 from flame.errors import UsageError
 
 _LOOK = 0.02  # seconds between two looks
@@ -42,6 +43,7 @@ class Drill:
     :param folder: what the server has as ``FLAME_CHAOS``.
     :param parts: the server, and what else is no worker and may be meant.
     :param random: picks among several workers.
+    :param reach: finds the workers.
     :param say: told what is done as it is done.
     """
 
@@ -52,6 +54,7 @@ class Drill:
         folder: Path,
         parts: Mapping[str, Part],
         random: Random,
+        reach: Reach,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._job = job
@@ -59,6 +62,7 @@ class Drill:
         self._folder = folder
         self._parts = parts
         self._random = random
+        self._reach = reach
         self._say = say or (lambda _: None)
 
     def wish(self, deeds: Sequence[Deed]) -> None:
@@ -90,12 +94,12 @@ class Drill:
         self._say(f"{done.deed}: {done.what}")
         return done
 
-    def _taken(self, deed: Deed) -> int | None:
-        """The process that has come to the moment."""
+    def _taken(self, deed: Deed) -> str | None:
+        """The task and attempt of the worker that has come to the moment."""
         for name in deed.wishes():
             for path in self._folder.iterdir():
                 if path.name.startswith(f"{name}.taken-"):
-                    return int(path.name.rpartition("-")[2])
+                    return path.name.removeprefix(f"{name}.taken-").rpartition("-")[0]
         return None
 
     def _release(self, deed: Deed) -> None:
@@ -104,66 +108,69 @@ class Drill:
                 if path.name.startswith(f"{name}.taken-"):
                     path.unlink(missing_ok=True)
 
-    async def _do(self, deed: Deed, holder: int, ended: asyncio.Event) -> Done:
+    async def _do(self, deed: Deed, holder: str, ended: asyncio.Event) -> Done:
         part = self._parts.get(deed.who)
         if part is None and deed.who in PARTS - {"flamelet"}:
             self._release(deed)
             raise UsageError(f"There is no {deed.who} here that is ours to {deed.act}.")
         if part is not None:
-            pid, name = part.pid, deed.who
-        else:
-            process = await self._target(deed, holder, ended)
-            if process is None:
-                self._release(deed)
-                return Done(deed=str(deed), done=False, what=f"there was no {deed.who}")
-            pid, name = process.pid, f"{'flamelet of ' if process.flamelet else ''}{process.task}.{process.attempt}"
+            return Done(deed=str(deed), done=True, what=await self._hit_part(deed, part))
+        target = await self._target(deed, holder, ended)
+        if target is None:
+            self._release(deed)
+            return Done(deed=str(deed), done=False, what=f"there was no {deed.who}")
+        return Done(deed=str(deed), done=True, what=await self._hit(deed, target))
+
+    async def _hit_part(self, deed: Deed, part: Part) -> str:
+        name = f"{deed.who} ({part.pid})"
+        if deed.act != "kill":
+            return await self._hit(deed, Process("", 0, False, part.pid), name)
+        part.kill()
+        self._release(deed)
+        try:
+            await asyncio.sleep(deed.seconds)
+        finally:  # also if the trial is broken off meanwhile: it is perhaps not ours alone
+            await part.start()
+        return f"killed {name} and started it again"
+
+    async def _hit(self, deed: Deed, target: Target, name: str | None = None) -> str:
+        name = name or str(target)
         match deed.act:
             case "kill":
-                if part is not None:
-                    part.kill()
-                    self._release(deed)
-                    try:
-                        await asyncio.sleep(deed.seconds)
-                    finally:  # also if the trial is broken off meanwhile: it is perhaps not ours alone
-                        await part.start()
-                    return Done(deed=str(deed), done=True, what=f"killed {name} ({pid}) and started it again")
-                acts.kill(pid)
+                await target.kill()
                 self._release(deed)
-                return Done(deed=str(deed), done=True, what=f"killed {name} ({pid})")
+                return f"killed {name}"
             case "pause":
-                acts.freeze(pid)
+                await target.freeze()
                 self._release(deed)
                 try:
                     await asyncio.sleep(deed.seconds)
                 finally:
-                    acts.thaw(pid)
-                return Done(deed=str(deed), done=True, what=f"stopped {name} ({pid}) for {deed.seconds:g} s")
+                    await target.thaw()
+                return f"stopped {name} for {deed.seconds:g} s"
             case "cut":
-                number = acts.cut(pid)
+                number = await target.cut()
                 self._release(deed)
-                return Done(deed=str(deed), done=True, what=f"cut {number} connections of {name} ({pid})")
+                return f"cut {number} connections of {name}"
 
-    async def _target(self, deed: Deed, holder: int, ended: asyncio.Event) -> Process | None:
+    async def _target(self, deed: Deed, holder: str, ended: asyncio.Event) -> Target | None:
         """Whom a deed means, now that its moment has come."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _PRESENCE
         while True:
-            found = self._choose(deed, holder, await asyncio.to_thread(workers, self._job))
+            found = self._choose(deed, holder, await self._reach.workers(self._job))
             if found is not None or ended.is_set() or loop.time() > until:
                 return found
             await asyncio.sleep(_LOOK)
 
-    def _choose(self, deed: Deed, holder: int, all: list[Process]) -> Process | None:
-        held = next((process for process in all if process.pid == holder), None)
+    def _choose(self, deed: Deed, holder: str, all: Sequence[Target]) -> Target | None:
         if deed.who == "flamelet":
-            agents = [process for process in all if process.flamelet]
-            mine = [one for one in agents if held and (one.task, one.attempt) == (held.task, held.attempt)]
-            return next(iter(mine), None) or (self._random.choice(agents) if agents else None)
-        fit = [process for process in all if not process.flamelet and self._means(deed, process)]
-        if held in fit:
-            return held
-        return self._random.choice(fit) if fit else None
+            fit = [target for target in all if target.flamelet]
+        else:
+            fit = [target for target in all if not target.flamelet and self._means(deed, target)]
+        held = [target for target in fit if f"{target.task}.{target.attempt}" == holder]
+        return held[0] if held else self._random.choice(fit) if fit else None
 
-    def _means(self, deed: Deed, process: Process) -> bool:
-        role, number = self._tasks.get(process.task, ("", 0))
+    def _means(self, deed: Deed, target: Target) -> bool:
+        role, number = self._tasks.get(target.task, ("", 0))
         return role == deed.who and deed.number in (None, number)

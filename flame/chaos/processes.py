@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
 from flame.chaos import acts
+from flame.chaos.target import Target
 
 #: The variable by which the local runner knows its workers: ``INSTANCE/JOB/TASK/ATTEMPT``.
 _MARK = "FLAME_WORKER"
@@ -19,26 +20,40 @@ FOLDER = "FLAME_CHAOS"
 _LOOK = 0.02  # seconds between two looks
 
 
-class Process(NamedTuple):
-    """A process of a worker.
-
-    :ivar flamelet: it is the agent, not the code.
-    """
+@dataclass(frozen=True)
+class Process(Target):
+    """A process of a worker on this host."""
 
     pid: int
-    job: str
-    task: str
-    attempt: int
-    flamelet: bool
+
+    @property
+    def place(self) -> str:
+        """See the base class."""
+        return str(self.pid)
+
+    async def kill(self) -> None:
+        """See the base class."""
+        acts.kill(self.pid)
+
+    async def freeze(self) -> None:
+        """See the base class."""
+        acts.freeze(self.pid)
+
+    async def thaw(self) -> None:
+        """See the base class."""
+        acts.thaw(self.pid)
+
+    async def cut(self) -> int:
+        """See the base class."""
+        return acts.cut(self.pid)
 
 
 def workers(job: str) -> list[Process]:
-    """The flamelets of a job and what they run, in order of tasks and attempts.
+    """The flamelets of a job and what they run.
 
     :param job: its id.
     """
-    found = [process for each in psutil.process_iter() if (process := _worker(each, job)) is not None]
-    return sorted(found, key=lambda process: (process.task, process.attempt, process.flamelet))
+    return [process for each in psutil.process_iter() if (process := _worker(each, job)) is not None]
 
 
 def marked(job: str) -> list[int]:
@@ -83,8 +98,8 @@ def _worker(process: psutil.Process, job: str) -> Process | None:
         return None
     try:
         if _LAUNCHER in process.cmdline():
-            return Process(process.pid, job, mark[2], int(mark[3]), False)
+            return Process(mark[2], int(mark[3]), False, process.pid)
         leads = os.getsid(process.pid) == process.pid
     except (psutil.Error, OSError):
         return None
-    return Process(process.pid, job, mark[2], int(mark[3]), True) if leads else None
+    return Process(mark[2], int(mark[3]), True, process.pid) if leads else None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
@@ -15,9 +18,11 @@ import psutil
 from flame.chaos.drill import Done, Drill
 from flame.chaos.plan import PARTS, Act, Deed, read
 from flame.chaos.processes import FOLDER, end_all
+from flame.chaos.reach import Reach
 from flame.chaos.server import Part, Running, Server
 from flame.client import Client
 from flame.client.config import data_dir
+from flame.client.follow import insist
 from flame.client.local import address
 from flame.client.running import Reading
 from flame.errors import FlameError, UsageError
@@ -26,6 +31,7 @@ from flame.spec.records import Job, JobState
 #: How many deeds are drawn where none are given.
 DRAWN = 3
 _ROUNDS = 10  # of a job that does not say how many it has
+_LOOK = 0.2  # seconds between two looks at where tasks are placed
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -69,34 +75,26 @@ class Trial:
         self._seed = seed
         self._say = say
 
-    async def of_files(self, path: str, overrides: Sequence[str], *, compare: bool) -> Outcome:
+    async def of_files(
+        self, path: str, overrides: Sequence[str], *, compare: bool, computes: Path | None = None
+    ) -> Outcome:
         """Try a job from its files, on a private server that leaves nothing behind.
 
         :param compare: run it without a disturbance first, and compare the models.
+        :param computes: a file with the server's computes, beside this machine. The server then listens on this machine's address in the network, with a token.
         """
         reading = Reading(path, overrides)
-        with tempfile.TemporaryDirectory(prefix="flame-chaos-") as scratch:
-            folder = Path(scratch) / "points"
-            folder.mkdir()
-            server = Server(Path(scratch) / "data", {FOLDER: str(folder)})
-            try:
-                await server.start()
-                async with Client(server.url) as client:
-                    bundle = await reading.finish(client)
-                    expected = None
-                    if compare:
-                        self._say("running it without a disturbance")
-                        created = await client.jobs.submit(bundle)
-                        ended, _ = await self._run(client, created, [], folder, {"server": server})
-                        expected = _models(ended)
-                    created = await client.jobs.submit(bundle)
-                    deeds = self._plan(created, await _roles(client, created))
-                    ended, done = await self._run(client, created, deeds, folder, {"server": server})
-                    same = None if expected is None else expected == _models(ended)
-                    return self._outcome(ended, done, same)
-            finally:
-                await server.end()
-                await end_all(folder)  # the workers of a trial that was broken off
+        async with _private(computes) as ground:
+            client = ground.client
+            bundle = await reading.finish(client)
+            expected = None
+            if compare:
+                self._say("running it without a disturbance")
+                ended, _ = await self._run(ground, await client.jobs.submit(bundle), [])
+                expected = _models(ended)
+            created = await client.jobs.submit(bundle)
+            ended, done = await self._run(ground, created, self._plan(created, await _roles(client, created)))
+            return self._outcome(ended, done, None if expected is None else expected == _models(ended))
 
     async def of_job(self, id: str) -> Outcome:
         """Try a job of the server that runs on this machine.
@@ -110,8 +108,9 @@ class Trial:
             if job.state.ended:
                 raise UsageError(f"Job {id} has ended ({job.state.value}); there is nothing to disturb any more.")
             deeds = self._plan(job, await _roles(client, job))
-            async with _stopped_at_last(client, job.id):
-                ended, done = await self._run(client, job, deeds, folder, {"server": server})
+            with await _reach(client, folder) as reach:
+                async with _stopped_at_last(client, job.id):
+                    ended, done = await self._run(_Ground(client, server, folder, reach), job, deeds)
             return self._outcome(ended, done, None)
 
     def _outcome(self, job: Job, done: list[Done], same: bool | None) -> Outcome:
@@ -139,30 +138,104 @@ class Trial:
                 raise UsageError(f"The job has no {deed.who} that could be hit. There are: {', '.join(known)}.{hint}")
         return deeds
 
-    async def _run(
-        self, client: Client, job: Job, deeds: Sequence[Deed], folder: Path, parts: dict[str, Part]
-    ) -> tuple[Job, list[Done]]:
+    async def _run(self, ground: _Ground, job: Job, deeds: Sequence[Deed]) -> tuple[Job, list[Done]]:
+        client = ground.client
         tasks = {task.id: (task.role, task.index) for task in await client.jobs.tasks(job.id)}
-        drill = Drill(job.id, _numbered(tasks), folder, parts, Random(self._seed), self._say)
+        parts = {"server": ground.server}
+        drill = Drill(job.id, _numbered(tasks), ground.folder, parts, Random(self._seed), ground.reach, self._say)
         for deed in deeds:
             self._say(f"planned: {deed}")
         drill.wish(deeds)
         if job.state is JobState.READY:
             await client.jobs.start(job.id)
         ended = asyncio.Event()
+        checking = asyncio.create_task(_check(ground, job.id, deeds))
         carrying = asyncio.create_task(drill.carry_out(deeds, ended))
         waiting = asyncio.create_task(client.jobs.wait(job.id))
+        under_way: set[asyncio.Task[Any]] = {checking, carrying, waiting}
         try:
-            await asyncio.wait([carrying, waiting], return_when=asyncio.FIRST_COMPLETED)
-            if carrying.done():
-                carrying.result()
-            after = await waiting
+            while waiting in under_way:
+                done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
             ended.set()
-            return after, await carrying
+            return waiting.result(), await carrying
         finally:
-            for task in (carrying, waiting):
+            for task in (checking, carrying, waiting):
                 task.cancel()
-            await asyncio.gather(carrying, waiting, return_exceptions=True)
+            await asyncio.gather(checking, carrying, waiting, return_exceptions=True)
+
+
+class _Ground(NamedTuple):
+    """Where a trial is made.
+
+    :ivar folder: what the server has as ``FLAME_CHAOS``.
+    """
+
+    client: Client
+    server: Part
+    folder: Path
+    reach: Reach
+
+
+@contextlib.asynccontextmanager
+async def _private(computes: Path | None) -> AsyncIterator[_Ground]:
+    """A server of one's own. Nothing of it is left in the end, nor of its workers."""
+    token, options = None, list[str]()
+    if computes is not None:
+        token = secrets.token_urlsafe()
+        options = ["--computes", str(computes.absolute()), "--host", _our_address(), "--insecure-plain-http"]
+    with tempfile.TemporaryDirectory(prefix="flame-chaos-") as scratch:
+        folder = Path(scratch) / "points"
+        folder.mkdir()
+        environment = {FOLDER: str(folder)} | ({"FLAME_TOKEN": token} if token is not None else {})
+        server = Server(Path(scratch) / "data", environment, options)
+        try:
+            await server.start()
+            async with Client(server.url, token) as client:
+                identity = (await client.info()).id
+                with await _reach(client, folder) as reach:
+                    try:
+                        yield _Ground(client, server, folder, reach)
+                    finally:
+                        await server.end()
+                        await reach.remove(identity)
+        finally:
+            await server.end()
+            await end_all(folder)  # the workers of a trial that was broken off
+
+
+def _our_address() -> str:
+    """The address of this machine at which containers and other machines find it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; only the route is looked up
+        except OSError:
+            return "127.0.0.1"  # no network: only this machine's own processes, and containers in the host's network
+        return str(probe.getsockname()[0])
+
+
+async def _reach(client: Client, folder: Path) -> Reach:
+    reach = Reach(await client.computes.list())
+    if reach.elsewhere:
+        folder.chmod(0o777)  # in a container a worker is another user, who takes wishes all the same
+    return reach
+
+
+async def _check(ground: _Ground, job: str, deeds: Sequence[Deed]) -> None:
+    """Once all tasks have a compute: whether the deeds can be done there.
+
+    :raises flame.errors.UsageError: one cannot.
+    """
+    while True:
+        tasks = await insist(lambda: ground.client.jobs.tasks(job))
+        if all(task.compute is not None for task in tasks):
+            break
+        await asyncio.sleep(_LOOK)
+    for deed in deeds:
+        ground.reach.check_moment(deed.phase, [task for task in tasks if deed.host in ("*", task.role)])
+        if deed.who != "server":
+            ground.reach.check_target(deed.who, [task for task in tasks if deed.who in ("flamelet", task.role)])
 
 
 @contextlib.asynccontextmanager

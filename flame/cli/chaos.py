@@ -32,6 +32,11 @@ from flame.cli.app import CONTEXT, FAILED, examples, output_option, set_option
 @click.option(
     "--compare", is_flag=True, help="Run the job without a disturbance first, and compare the models to the bit."
 )
+@click.option(
+    "--computes",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file with computes for the private server, as `flame serve` takes it.",
+)
 @set_option
 @output_option
 def chaos(  # noqa: PLR0917 - click gives them by name
@@ -41,6 +46,7 @@ def chaos(  # noqa: PLR0917 - click gives them by name
     cuts: tuple[str, ...],
     seed: int,
     compare: bool,
+    computes: Path | None,
     overrides: tuple[str, ...],
     how: str,
 ) -> int:
@@ -54,7 +60,9 @@ def chaos(  # noqa: PLR0917 - click gives them by name
     WHEN  round=N, or a phase: start, deploy, distribute, train, upload, aggregate, save, stop;
           or PHASE=N for round N. It is drawn where it is left out.
 
-    Finds workers that are processes of this machine. The exit status is 0 only if the job completed, and with --compare with the same model.
+    What it reaches: workers that are processes of this machine, and workers in containers of Docker engines; not workers in pods or of participants.
+    In a container, flamelet is what keeps it running; connections are cut there by root on the engine's machine alone, and only workers of an
+    engine on this machine come to a WHEN. The exit status is 0 only if the job completed, and with --compare with the same model.
     """
     from flame.chaos import interrupt
     from flame.chaos.plan import duration
@@ -67,9 +75,11 @@ def chaos(  # noqa: PLR0917 - click gives them by name
     wanted += [Wanted("cut", who) for who in cuts]
     trial = Trial(wanted, seed, output.note)
     if Path(job).exists():
-        outcome = interrupt.run(trial.of_files(job, overrides, compare=compare))
-    elif overrides or compare:
-        raise UsageError(f"There is no file {job}; --set and --compare are for a job that is given by its files.")
+        outcome = interrupt.run(trial.of_files(job, overrides, compare=compare, computes=computes))
+    elif overrides or compare or computes:
+        raise UsageError(
+            f"There is no file {job}; --set, --compare and --computes are for a job that is given by its files."
+        )
     else:
         outcome = interrupt.run(trial.of_job(job))
 

@@ -108,7 +108,11 @@ class Containers:
             "command": [packages.python, "-P", "-m", spec.module],
             "labels": labels,
             "environment": {**environment, "FLAME_WORK_DIR": f"{_HOME}/work"},
-            "binds": [*config.volumes, *([f"{packages.volume}:{PACKAGES}:ro"] if packages.volume else [])],
+            "binds": [
+                *config.volumes,
+                *([f"{packages.volume}:{PACKAGES}:ro"] if packages.volume else []),
+                *self._trial(environment),
+            ],
             "cap_add": config.capabilities,
             **limits,
         }
@@ -124,6 +128,11 @@ class Containers:
             raise RunnerError(f"Somebody else makes containers called {name!r}.")
         await self._begin(made)
         return made
+
+    def _trial(self, environment: Mapping[str, str]) -> list[str]:
+        """Where crashes are tried, a worker sees the folder in which it is told where (:mod:`flame.sdk.chaospoints`)."""
+        folder = environment.get("FLAME_CHAOS")
+        return [f"{folder}:{folder}"] if folder and self._engine.local else []
 
     async def run(self, image: str, command: Sequence[str], volume: str) -> tuple[int, str]:
         """Run something to its end, as root, with a volume at :data:`~flame.runners.docker_images.PACKAGES`.

@@ -10,7 +10,7 @@ point:
 * ``ROUND``: its number, or ``*``.
 * ``ACTION``: ``kill`` (SIGKILL), ``stop`` (SIGSTOP; somebody else continues it), ``hold`` (wait until the file is gone).
 
-The worker renames the file to ``WISH.taken-PID`` before it acts, so a wish is fulfilled once, and whoever has made it can wait for that name
+The worker renames the file to ``WISH.taken-TASK.ATTEMPT-PID`` (``TASK`` is the task's id) before it acts, so a wish is fulfilled once, and whoever has made it can wait for that name
 to appear; a worker that is held goes on when the file is removed.
 """
 
@@ -30,11 +30,14 @@ class Points:
 
     :param folder: where wishes are.
     :param names: what this worker is called in them: its role and its task's id.
+    :param taker: what it calls itself when it fulfils one: its task's id and attempt. A number of a process is not enough where
+        workers are in containers, each with numbers of its own.
     """
 
-    def __init__(self, folder: Path, names: set[str]) -> None:
+    def __init__(self, folder: Path, names: set[str], taker: str = "") -> None:
         self._folder = folder
         self._names = names | {"*"}
+        self._taker = taker
 
     def reach(self, point: str, round: int) -> None:
         """The worker is at a point: fulfil a wish that says so."""
@@ -45,7 +48,7 @@ class Points:
                 self._fulfil(name, action)
 
     def _fulfil(self, name: str, action: str) -> None:
-        taken = self._folder / f"{name}.taken-{os.getpid()}"
+        taken = self._folder / f"{name}.taken-{self._taker}-{os.getpid()}"
         try:
             (self._folder / name).rename(taken)
         except FileNotFoundError:
@@ -64,4 +67,7 @@ def points(*names: str) -> Callable[[str, int], None] | None:
     :param names: what this worker is called.
     """
     folder = os.environ.get("FLAME_CHAOS")
-    return Points(Path(folder), {*names, os.environ.get("FLAME_TASK", "")} - {""}).reach if folder else None
+    if not folder:
+        return None
+    task, attempt = os.environ.get("FLAME_TASK", ""), os.environ.get("FLAME_ATTEMPT", "1")
+    return Points(Path(folder), {*names, task} - {""}, f"{task}.{attempt}").reach

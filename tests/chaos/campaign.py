@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 from flame.chaos.drill import Done, Drill
 from flame.chaos.plan import PHASES, Act, Deed
 from flame.chaos.processes import end_all
+from flame.chaos.reach import Reach
 from flame.chaos.server import Part, Server
 from flame.client import Client, load_job
 from flame.controller.lifecycle import TRANSITIONS
@@ -36,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
 from leftovers import Leftovers, own_mounts
 from survivalkit import bits, central, load_file, tree
 
-ENGINES = Path(__file__).parents[3] / "shared" / "engines"
+CHECKOUT = Path(__file__).parents[2]
+ENGINES = CHECKOUT.parent / "shared" / "engines"
 ACTS: tuple[Act, ...] = ("kill", "pause", "cut")
 PAUSE = 10.0
 ROUNDS = 5
@@ -59,10 +63,11 @@ TARGETS = {
     "tree": ("server", "flamelet", "trainer", "middle", "top"),
     "mqtt": ("server", "flamelet", "trainer", "aggregator", "broker"),
     "database": ("server", "flamelet", "trainer", "aggregator", "database"),
+    "docker": ("server", "flamelet", "trainer", "aggregator"),
 }
 
 #: How many numbers their models have: some go through shared memory, some through sockets.
-SIZES = {"central": 200_000, "tree": 200_000, "mqtt": 200, "database": 200}
+SIZES = {"central": 200_000, "tree": 200_000, "mqtt": 200, "database": 200, "docker": 200}
 
 
 class Case(NamedTuple):
@@ -118,6 +123,10 @@ class Result(NamedTuple):
     what: str
     faults: list[str]
     seconds: float
+
+
+class Unavailable(Exception):
+    """What a kind of lane needs is not on this machine."""
 
 
 class Program:
@@ -193,8 +202,26 @@ def mongo(folder: Path) -> tuple[Program, str] | None:
     return Program(command, port, folder / "mongo.log"), f"mongodb://127.0.0.1:{port}/flame"
 
 
-class Unavailable(Exception):
-    """What a kind of lane needs is not on this machine."""
+def container_image() -> str:
+    """This checkout's image, built unless it is there.
+
+    :raises Unavailable: there is no Docker engine.
+    """
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
+        raise Unavailable("no Docker engine is on this machine")
+    return subprocess.run(
+        [CHECKOUT / ".ci" / "image", "light"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()[-1]
+
+
+def our_address() -> str:
+    """This machine as containers see it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; only the route is looked up
+        return str(probe.getsockname()[0])
 
 
 class Lane:
@@ -202,16 +229,20 @@ class Lane:
 
     :param kind: of ``TARGETS``.
     :param folder: its own.
+    :param image: what containers are made from, where its workers are containers.
     """
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, image: str = "") -> None:
         self.kind = kind
         self.folder = folder
         folder.mkdir(parents=True)
         self.chaos = folder / "chaos"
         self.data = folder / "data"
         self.chaos.mkdir()
-        self.leftovers = Leftovers(folder, self.data, self.chaos)
+        self.leftovers = Leftovers(folder, self.data, self.chaos, containers=kind == "docker")
+        self.reach = Reach()
+        self._id = ""
+        self.token: str | None = None
         self.parts: dict[str, Part] = {}
         options: list[str] = []
         overrides: list[str] = []
@@ -224,9 +255,19 @@ class Lane:
             self.parts["database"] = database
             options = ["--db", url]
         settings: dict[str, Any] = {"restart": {"attempts": 10, "backoff": 0.1}, "rounds": ROUNDS, "size": SIZES[kind]}
+        environment = self.leftovers.environment
+        if kind == "docker":
+            computes = folder / "computes.json"
+            config = {"image": image, "pullPolicy": "never"}
+            computes.write_text(json.dumps([{"name": "engine", "kind": "docker", "config": config}]))
+            options = ["--computes", str(computes), "--host", our_address(), "--insecure-plain-http"]
+            self.token = secrets.token_urlsafe()
+            environment = {**environment, "FLAME_TOKEN": self.token}
+            settings["placement"] = {role: {"realm": "engine"} for role in ("trainer", "aggregator")}
+            self.chaos.chmod(0o777)  # in a container a worker is another user
         make: Callable[..., Path] = tree if kind == "tree" else central
         self.bundle = load_job(make(folder / "job", **settings), overrides)
-        self.server = Server(self.data, self.leftovers.environment, options, through=self.leftovers.through)
+        self.server = Server(self.data, environment, options, through=self.leftovers.through)
         self.parts["server"] = self.server
         self._expected: dict[str, dict[str, bytes]] = {}
 
@@ -240,6 +281,9 @@ class Lane:
         try:
             for part in self.parts.values():
                 await part.start()
+            async with Client(self.server.url, self.token) as client:
+                self.reach = Reach(await client.computes.list())
+                self._id = (await client.info()).id
             job, _ = await self._run([], Random(0))
             assert job.state is JobState.COMPLETED, job.failure
             self._expected = self._models(job.id)
@@ -256,6 +300,8 @@ class Lane:
             await self.server.end()
         for part in self.parts.values():
             part.kill()
+        await self.reach.remove(self._id)
+        self.reach.close()
         await end_all(self.chaos)
 
     async def run(self, case: Case, random: Random) -> Result:
@@ -275,11 +321,11 @@ class Lane:
         return Result(case, all(one.done for one in done), what, faults, time.monotonic() - began)
 
     async def _run(self, deeds: Sequence[Deed], random: Random) -> tuple[Job, list[Done]]:
-        async with Client(self.server.url) as client:
+        async with Client(self.server.url, self.token) as client:
             created = await client.jobs.submit(self.bundle)
             self.job = created.id
             tasks = {task.id: (task.role, task.index) for task in await client.jobs.tasks(created.id)}
-            drill = Drill(created.id, tasks, self.chaos, self.parts, random)
+            drill = Drill(created.id, tasks, self.chaos, self.parts, random, self.reach)
             drill.wish(deeds)
             await client.jobs.start(created.id)
             ended = asyncio.Event()
@@ -318,7 +364,7 @@ class Lane:
         """Changes of state that may not be."""
         faults = []
         state, attempts = JobState.READY, dict[str, int]()
-        async with Client(self.server.url) as client, aclosing(client.jobs.events(job)) as events:
+        async with Client(self.server.url, self.token) as client, aclosing(client.jobs.events(job)) as events:
             seq = 0
             async for event in events:
                 seq += 1
@@ -339,7 +385,7 @@ class Lane:
     async def _standing(self) -> str:
         """Where a job stands that does not end; its processes say in their logs what they are doing."""
         with contextlib.suppress(FlameError, TimeoutError):
-            async with asyncio.timeout(10), Client(self.server.url) as client:
+            async with asyncio.timeout(10), Client(self.server.url, self.token) as client:
                 job = await client.jobs.get(self.job)
                 tasks = [
                     f"{task.role}/{task.index}.{task.attempt} {task.state.value} {task.reason or ''}"
@@ -395,7 +441,13 @@ async def campaign(
     skipped: dict[str, str] = {}
     if own_mounts() is None:
         skipped["named shared memory"] = "this system lets nobody have mounts of their own"
-    schedule = Schedule(cases)
+    image = ""
+    if any(case.kind == "docker" for case in cases):
+        try:
+            image = await asyncio.to_thread(container_image)
+        except Unavailable as error:
+            skipped["docker"] = str(error)
+    schedule = Schedule([case for case in cases if case.kind not in skipped])
     homes = itertools.count(1)
 
     async def work() -> None:
@@ -403,7 +455,7 @@ async def campaign(
             with schedule.take_up(kind) as left:
                 home = folder / f"{kind}-{next(homes)}"
                 try:
-                    async with Lane(kind, home) as lane:
+                    async with Lane(kind, home, image) as lane:
                         faults = await through(lane, left)
                 except Unavailable as error:
                     skipped[kind] = str(error)

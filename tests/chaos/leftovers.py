@@ -1,4 +1,4 @@
-"""What a job leaves behind: processes, files and shared memory, each known by a mark that only one lane's things carry."""
+"""What a job leaves behind: processes, files, shared memory and containers, each known by a mark that only one lane's things carry."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ class Leftovers:
     :param home: the lane's folder, for what it makes.
     :param data: the server's data directory.
     :param points: its ``FLAME_CHAOS``.
+    :param containers: its workers are containers of this machine's Docker engine.
     """
 
-    def __init__(self, home: Path, data: Path, points: Path) -> None:
+    def __init__(self, home: Path, data: Path, points: Path, *, containers: bool = False) -> None:
+        self._containers = containers
         self._data = data
         self._points = points
         self._temporary = home / "tmp"
@@ -75,7 +77,7 @@ class Leftovers:
         left += [
             f"shared memory held by {pid} {_command(pid)}" for pid in of_folder(self._points) if _holds_memory(pid)
         ]
-        return left
+        return left + [f"container {name}" for name in (_containers(job) if self._containers else [])]
 
     def _files(self) -> list[Path]:
         """The files of the data directory; it takes it that some go while it looks."""
@@ -94,6 +96,11 @@ def _holds_memory(pid: int) -> bool:
                     return True
         return _MEMORY_FILE in Path(f"/proc/{pid}/maps").read_text()
     return False
+
+
+def _containers(job: str) -> list[str]:
+    listed = ["docker", "ps", "--all", "--format", "{{.Names}} {{.Status}}", "--filter", f"label=flame.job={job}"]
+    return subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def _command(pid: int) -> str:

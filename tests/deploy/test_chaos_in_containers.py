@@ -1,0 +1,96 @@
+"""``flame chaos`` on workers that are containers of a real engine: it hits them there, and they go on as if nothing had been."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
+import engines
+from survivalkit import central
+
+ON_ENGINE = {"trainer": {"realm": "engine"}, "aggregator": {"realm": "engine"}}
+
+
+@pytest.fixture
+def chaos(tmp_path):
+    """Run the command on a job of two sites, with a Docker engine as a compute of its private server."""
+    computes = tmp_path / "computes.yaml"
+    config = {"image": engines.docker_image(), "pullPolicy": "never", "labels": {"trial": tmp_path.name}}
+    here = {"name": "here", "kind": "local"}
+    computes.write_text(yaml.safe_dump([here, {"name": "engine", "kind": "docker", "config": config}]))
+
+    def run(*words, placement=ON_ENGINE, rounds=4, end_after=None):
+        restart = {"attempts": 5, "backoff": 0.1}
+        job = central(tmp_path / "job", sites=2, placement=placement, restart=restart, rounds=rounds)
+        (tmp_path / "temporary").mkdir()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flame", "chaos", str(job), "--computes", str(computes), *words, "-o", "json"],
+            env={**environment, "FLAME_CONFIG": str(tmp_path / "none"), "TMPDIR": str(tmp_path / "temporary")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        said = ""
+        if end_after is not None:
+            while end_after not in said:
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            process.terminate()
+        out, err = process.communicate(timeout=170)
+        assert not list((tmp_path / "temporary").iterdir())
+        listed = ["docker", "ps", "--all", "--quiet", "--filter", f"label=trial={tmp_path.name}"]
+        assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout == "", "no container is left"
+        return subprocess.CompletedProcess(process.args, process.returncode, out, said + err)
+
+    return run
+
+
+@pytest.mark.timeout(200)
+def test_workers_in_containers_are_killed_and_stopped_and_the_model_is_the_same(chaos):
+    words = ["--kill", "trainer/1@train=2", "--pause", "aggregator@aggregate=3", "3s", "--kill", "flamelet@upload=4"]
+    done = chaos(*words, "--compare")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["state"], told["rounds"], told["sameModel"]) == ("completed", 4, True)
+    assert [deed["done"] for deed in told["deeds"]] == [True, True, True], told
+    assert all(" in container " in deed["what"] for deed in told["deeds"]), told
+    assert "killed flamelet of" in told["deeds"][1]["what"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the connections of another user's process are cut by root alone")
+@pytest.mark.timeout(200)
+def test_the_connections_of_a_worker_in_a_container_are_cut(chaos):
+    done = chaos("--cut", "aggregator@aggregate=2")
+    assert done.returncode == 0, done.stderr
+    (deed,) = json.loads(done.stdout)["deeds"]
+    assert deed["what"].startswith("cut 2 connections of "), deed
+
+
+@pytest.mark.timeout(200)
+def test_a_job_on_both_sides_has_workers_of_each_hit(chaos):
+    done = chaos(
+        "--kill",
+        "trainer@train=2",
+        "--kill",
+        "aggregator@aggregate=3",
+        placement={**ON_ENGINE, "aggregator": {"realm": "here"}},
+    )
+    assert done.returncode == 0, done.stderr
+    trainer, aggregator = json.loads(done.stdout)["deeds"]
+    assert " in container " in trainer["what"]
+    assert " in container " not in aggregator["what"]
+
+
+@pytest.mark.timeout(200)
+def test_a_trial_that_is_told_to_end_leaves_no_container(chaos):
+    done = chaos("--kill", "trainer@train=2", rounds=1_000_000, end_after="killed ")
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("Interrupted.\n")
