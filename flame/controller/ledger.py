@@ -7,6 +7,7 @@ stream of their own when it ends, so that no document grows with them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ import msgspec
 from flame.controller.bookkeeping import WARNINGS, Entry, History, job_stream, keep_round, round_of, rounds_stream
 from flame.controller.context import Context, StoredTask, log
 from flame.controller.shelf import Saved
-from flame.errors import StoreError
+from flame.errors import Conflict, StoreError
 from flame.spec.records import Job, Model, Round
+
+#: The jobs that have ended, or are about to, and have not been tidied up after.
+ENDINGS = "endings"
 
 
 class Ledger:
@@ -102,6 +106,15 @@ class Ledger:
         there = len(await self._context.store.read(stream, limit=1_000_000))
         if entries := [("round", msgspec.to_builtins(done)) for done in self._rounds[there:]]:
             await self._context.store.append(stream, entries)
+
+    async def note_end(self) -> None:
+        """Keep that the job ends: what it leaves is to be removed, by the next process of the server if this one is killed before."""
+        with contextlib.suppress(Conflict):  # an earlier try has kept it
+            await self._context.store.insert(ENDINGS, self.id, {"jobId": self.id})
+
+    async def forget_end(self) -> None:
+        """What it has left is removed."""
+        await self._context.store.delete(ENDINGS, self.id)
 
 
 async def surely(write: Callable[[], Awaitable[None]], job: str) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from flame.errors import SpecError
 from flame.spec.nouns import Channel
 from flame.spec.records import Record
-from flame.store import Store
+from flame.store import Document, Store
 
 _COLLECTION = "members"
 
@@ -58,7 +58,7 @@ class Rendezvous:
 
     async def load(self) -> None:
         """Read the members that an earlier process of the server has kept."""
-        for document in await self._store.find(_COLLECTION, where={"jobId": self._job}, limit=1_000_000):
+        for document in await self._kept():
             membership = msgspec.convert(document.body, Membership)
             self._group(membership.channel, membership.group)[membership.end] = membership
 
@@ -107,9 +107,12 @@ class Rendezvous:
     async def clear(self) -> None:
         """The job has ended: forget all, tell nobody."""
         async with self._lock:
-            there = [membership for members in self._members.values() for membership in members.values()]
             self._members.clear()
-            await asyncio.gather(*(self._store.delete(_COLLECTION, membership.id) for membership in there))
+            there = await self._kept()
+            await asyncio.gather(*(self._store.delete(_COLLECTION, document.id) for document in there))
+
+    async def _kept(self) -> list[Document]:
+        return await self._store.find(_COLLECTION, where={"jobId": self._job}, limit=1_000_000)
 
     def _group(self, channel: str, group: str) -> dict[str, Membership]:
         return self._members.setdefault((channel, group), {})

@@ -405,6 +405,7 @@ class Supervisor:
             fields[ask.task]["compute"] = self._places.get(ask.task) or self._elsewhere(ask.task)
         if after.state.ended and states:
             await self._ledger.keep_rounds()
+            await self._ledger.note_end()
         await self._ledger.save_tasks(fields)
         await self._ledger.save_job(**job_fields(self._ledger.job, before, after, actions, now))
         # It is in the store, so it has happened: from here on nothing may fail.
@@ -497,15 +498,21 @@ class Supervisor:
             self._clock.cancel()
         self.over.set()
         self._forgo()
-        self._context.background.spawn(self._tidy())
+        self._context.background.spawn(self.tidy())
 
-    async def _tidy(self) -> None:
+    async def tidy(self) -> None:
+        """Remove what the job needed while it was under way, and what its workers have left: also those that ended under earlier servers."""
         context = self._context
         await self._rendezvous.clear()
-        for worker in self._crew.all():
-            await context.notifier.drop(task_stream(worker.task, worker.attempt))
-            if worker.info is not None and self.state is JobState.COMPLETED:
-                await clean(context.computes, worker.compute, worker.info)
+        for task in self.tasks:
+            for attempt in range(1, task.attempt + 1):
+                await context.notifier.drop(task_stream(task.id, attempt))
+                worker = self._crew.get(task.id, attempt)
+                compute = task.compute if worker is None else worker.compute
+                if compute and self.state is JobState.COMPLETED:
+                    info = worker.info if worker is not None else None
+                    await clean(context.computes, compute, info or WorkerInfo(task.id, self.id, attempt, ""))
+        await self._ledger.forget_end()
 
     def _wind_clock(self) -> None:
         job = self._ledger.job

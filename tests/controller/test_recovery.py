@@ -99,6 +99,29 @@ async def test_an_older_attempt_that_is_still_there_is_ended(control: Control, w
         assert f"{tasks[1].id}.2" in world.workers
 
 
+async def test_what_earlier_attempts_have_left_is_removed_whichever_server_saw_them_end(
+    control: Control, world: Any
+) -> None:
+    async with control() as bench:
+        job = await bench.job(restart={"attempts": 1})
+        tasks = await bench.run(job.id)
+        world.exit(tasks[1].id, 1, code=None, signal="SIGKILL")
+        await bench.until(lambda: f"{tasks[1].id}.2" in world.workers)
+    assert world.cleaned == [], "somebody may want to look at it while the job is under way"
+    async with control() as bench:
+        for task in await bench.run(job.id):
+            await bench.flamelet(task).complete()
+        await bench.state(job.id, JobState.COMPLETED)
+        await bench.until(lambda: not bench.controller.active())
+        await bench.controller.context.background.drain()
+        assert sorted(world.cleaned) == sorted(
+            f"{task.id}.{number}"
+            for task in await bench.controller.tasks(job.id)
+            for number in range(1, task.attempt + 1)
+        )
+        assert len(world.cleaned) == 4
+
+
 async def test_a_queued_job_stays_queued_and_a_stopping_one_goes_on_stopping(control: Control, world: Any) -> None:
     async with control(slots=3) as bench:
         first = await bench.job()
@@ -150,7 +173,7 @@ class Mortal:
 
     def __init__(self, store: Store, *, after: bool = False) -> None:
         self._store = store
-        self._at = 0
+        self._at = -1
         self._after = after
         self.writes = 0
         self.failing = False
@@ -158,7 +181,7 @@ class Mortal:
 
     def count(self, at: int) -> None:
         """Count from now on: the write at which to die; 0 for none."""
-        self.writes, self._at = 0, at
+        self.writes, self._at = 0, at or -1
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
@@ -287,6 +310,11 @@ async def check(bench: Any, id: str) -> None:
     assert {task.state for task in await bench.controller.tasks(id)} == {TaskState.COMPLETED}
     assert sorted(job.warnings) == sorted(f"Worker {task.id} is tired." for task in await bench.controller.tasks(id))
     assert not bench.world.workers
+    attempts = [(task.id, number) for task in await bench.controller.tasks(id) for number in range(1, task.attempt + 1)]
+    for collection in ("members", "endings"):
+        assert await bench.store.find(collection) == [], "it was tidied up"
+    assert [await bench.store.read(f"task/{task}.{number}") for task, number in attempts] == [[]] * len(attempts)
+    assert {f"{task}.{number}" for task, number in attempts} <= set(bench.world.cleaned)
 
 
 async def test_a_kill_at_any_write_loses_nothing_and_doubles_nothing(
