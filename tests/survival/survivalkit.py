@@ -156,10 +156,10 @@ def parallel(folder, **settings):
         folder,
         {
             "trainer": (
-                SITE.format(module="flame.sdk", base="Trainer"),
+                site("flame.sdk"),
                 {"isDataConsumer": True, "groupAssociation": places},
             ),
-            "aggregator": (TOP.format(module="flame.sdk", base="Aggregator"), {"groupAssociation": places}),
+            "aggregator": (top("flame.sdk", "Aggregator"), {"groupAssociation": places}),
         },
         [channel("param", "trainer", "aggregator", groups)],
         {"eu": (0,), "na": (1,)},
