@@ -228,7 +228,7 @@ class Part:
     async def _work(self, seat: Seat, folder: Path) -> int:
         """Run the worker to its end; cancelled, it leaves the job in order. Gives its exit status."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kept = ("FLAME_P2P_", "FLAME_MQTT_", "FLAME_TLS_", "FLAME_CA", "FLAME_CERT", "FLAME_CACHE_DIR")
+        kept = ("FLAME_P2P_", "FLAME_MQTT_", "FLAME_TLS_", "FLAME_CA", "FLAME_CERT", "FLAME_CACHE_")
         environment = {n: value for n, value in os.environ.items() if not n.startswith("FLAME_") or n.startswith(kept)}
         assert seat.key is not None
         environment |= {

@@ -173,7 +173,7 @@ class LocalRunner(Runner):
         environment = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith("FLAME_") or name == "FLAME_CACHE_DIR"
+            if not name.startswith("FLAME_") or name.startswith("FLAME_CACHE_")
         }
         environment |= _threads(spec) | {**self._config.environment, **spec.environment}
         devices = self._devices(spec)

@@ -5,6 +5,9 @@ worker that comes back asks the source whether its copy is still good, and one w
 that breaks off goes on where it was, also after the worker that did it was killed, if the source says that it is the same file.
 
 Whoever downloads holds a lock on the URL; the others wait for it, and find the copy.
+
+Copies are kept until somebody removes them, or with ``FLAME_CACHE_SIZE`` until they are more than that together: whoever has downloaded one
+then removes those that were used longest ago, but none of the last hour, which somebody may be about to open.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +31,12 @@ import msgspec
 from flame.buckets import BUCKETS
 from flame.errors import DatasetError
 from flame.sdk.dataset_sources import Answer, Bucket, Interrupted, Refused, Source, Web
+from flame.spec.quantities import parse_bytes
 
 #: Seconds without a byte after which a source is given up.
 PATIENCE = 120.0
+#: Seconds since its last use for which a copy is not removed.
+IN_USE = 3600.0
 #: Seconds between two words about a long download.
 WORD_EVERY = 5.0
 
@@ -94,6 +101,15 @@ def cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"flame-{os.getuid()}" / "datasets"
 
 
+def cache_size() -> int | None:
+    """How many bytes copies may have together, from ``FLAME_CACHE_SIZE`` (such as ``50G``); None: any number.
+
+    :raises flame.errors.SpecError: it is no amount.
+    """
+    said = os.environ.get("FLAME_CACHE_SIZE")
+    return parse_bytes(said, "FLAME_CACHE_SIZE") if said else None
+
+
 class _Cache:
     """The copies in a folder: ``files/SHA256/NAME``, ``urls/KEY`` with lock, answer and unfinished download of each URL."""
 
@@ -117,7 +133,8 @@ class _Cache:
             copy = self._fetch(source, place, copy, sha256, name)
             path = self._kept(copy.sha256, name)
             assert path is not None
-            return path
+        self._make_room()
+        return path
 
     def _fetch(self, source: Source, place: Path, copy: _Copy | None, sha256: str, name: str) -> _Copy:
         """Ask the source; download what is new."""
@@ -196,7 +213,26 @@ class _Cache:
                 return None
             with contextlib.suppress(FileExistsError):
                 os.link(other, path)
+        with contextlib.suppress(OSError):  # of another user, who lets us read
+            os.utime(folder)
         return path
+
+    def _make_room(self) -> None:
+        """Remove copies that nobody has used for long while all of them are more than they may be."""
+        limit = cache_size()
+        if limit is None:
+            return
+        copies = []
+        for folder in (self._folder / "files").iterdir():
+            with contextlib.suppress(OSError):  # somebody else removes it, too
+                size = max((file.stat().st_size for file in folder.iterdir()), default=0)
+                copies.append((folder.stat().st_mtime, size, folder))
+        total, now = sum(size for _, size, _ in copies), time.time()
+        for used, size, folder in sorted(copies):
+            if total <= limit or now - used < IN_USE:
+                break
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
 
     @contextlib.contextmanager
     def _locked(self, place: Path) -> Iterator[None]:

@@ -205,6 +205,28 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def test_copies_make_room_in_the_order_of_their_last_use_but_not_those_in_use(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAME_CACHE_SIZE", "2500")
+    sites = [Site(bytes([number]) * 1000) for number in range(4)]
+    for one in sites:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+    try:
+        first, second, third = (local_copy(one.url, folder=cache) for one in sites[:3])
+        assert first.exists()  # all were used just now
+        for age, path in ((8000, second), (9000, first), (7000, third)):
+            os.utime(path.parent, (time.time() - age,) * 2)
+        assert local_copy(sites[0].url, folder=cache) == first  # which is used again by that
+        fourth = local_copy(sites[3].url, folder=cache)
+        assert [path.exists() for path in (first, second, third, fourth)] == [True, False, False, True]
+        assert local_copy(sites[1].url, folder=cache).read_bytes() == bytes([1]) * 1000
+    finally:
+        for one in sites:
+            one.shutdown()
+            one.server_close()
+
+
 def test_of_several_workers_that_ask_at_once_one_downloads(site: Site, cache: Path, tmp_path: Path) -> None:
     site.hold = threading.Event()
     logs = [tmp_path / f"{number}.log" for number in range(4)]
