@@ -262,9 +262,17 @@ def rounds(document):
     return [entry["round"] for entry in document["rounds"]]
 
 
-def tree(folder, *, optimizer="fedavg", size=200, **settings):
-    """Two groups of two sites below middle aggregators."""
+def tree(folder, *, optimizer="fedavg", size=200, eager=False, **settings):
+    """Two groups of two sites below middle aggregators.
+
+    :param eager: what has come in goes up early.
+    """
     module = "flame.sdk"
+    middle, upper = module, (module, "Aggregator")
+    if eager:
+        middle = "flame.sdk.mode.horizontal.eager_syncfl.middle_aggregator"
+        upper = ("flame.sdk.mode.horizontal.eager_syncfl.top_aggregator", "TopAggregator")
+    model = {"optimizer": {"sort": optimizer}, "hyperparameters": {"rounds": 5, "seed": 7, "aggGoal": 1}}
     return write_job(
         folder,
         {
@@ -273,14 +281,14 @@ def tree(folder, *, optimizer="fedavg", size=200, **settings):
                 {"isDataConsumer": True, "groupAssociation": [{"param": "eu"}, {"param": "na"}]},
             ),
             "middle": (
-                PLAIN.format(module=module, base="MiddleAggregator"),
+                PLAIN.format(module=middle, base="MiddleAggregator"),
                 {"groupAssociation": [{"param": g, "global": "default"} for g in ("eu", "na")]},
             ),
-            "top": (top(module, "Aggregator", size), {}),
+            "top": (top(*upper, size), {}),
         },
         [channel("param", "trainer", "middle", ("eu", "na")), channel("global", "middle", "top")],
         {"eu": (0, 1), "na": (2, 3)},
-        modelSpec={"optimizer": {"sort": optimizer}},
+        modelSpec=model,
         **settings,
     )
 

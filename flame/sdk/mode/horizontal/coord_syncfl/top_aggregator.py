@@ -79,6 +79,10 @@ class TopAggregator(SyncTopAggregator):
         """See :class:`RoundAggregator`."""
         return [end for end in self._coordinated if channel.has(end)]
 
+    def _begin_again(self, channel: Channel, patience: float) -> bool:
+        """See :class:`RoundAggregator`: no; who works with whom in this round is settled."""
+        return False
+
     def _make_up(self, channel: Channel, tally: Tally) -> bool:
         """See :class:`RoundAggregator`: others take over the trainers of an aggregator that has left."""
         lost = [end for end in tally.lost if end not in self._made_up]

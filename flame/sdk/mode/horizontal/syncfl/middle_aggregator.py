@@ -26,6 +26,7 @@ from flame.sdk.mode.horizontal.syncfl.rounds import (
     TAG_DISTRIBUTE,
     TOLD_PATIENCE,
     TOLD_SECONDS,
+    TOLD_WHOLE,
     RoundAggregator,
 )
 from flame.sdk.mode.message import MessageType
@@ -110,6 +111,7 @@ class MiddleAggregator(RoundAggregator, Follower):
         told = message.get(MessageType.METADATA) or {}
         self._seconds = told.get(TOLD_SECONDS)
         self._patience = float(told.get(TOLD_PATIENCE, 0.0))
+        self._again = self._patience if told.get(TOLD_WHOLE) else 0.0
         self._sent = 0, 0.0
 
     def _distribute_weights(self, tag: str) -> None:
@@ -124,10 +126,11 @@ class MiddleAggregator(RoundAggregator, Follower):
     def _await_group(self, channel: Channel) -> None:
         """Before the first round wait for the whole group; later only where the top cannot do without somebody."""
         policy = self.config.policy
-        whole = not self._met or self._may_return(channel)
-        everybody = self.config.peers.get(channel.name(), 1) if self._present is None else self._present
+        whole = not self._met or self._may_return(channel) or self._again > 0
+        job = self.config.peers.get(channel.name(), 1)
+        everybody = job if self._present is None or self._again else self._present
         expected = max(1, everybody) if whole else 1
-        longest = policy.join_deadline if whole else self._patience
+        longest = self._again or (policy.join_deadline if whole else self._patience)
         left = self._tally.left()
         enough = self.wait_for(
             channel,
@@ -139,7 +142,7 @@ class MiddleAggregator(RoundAggregator, Follower):
             self.link.warning(
                 f"Round {self._round} begins with {len(self._idle(channel))} of {expected} workers of role "
                 f"{channel.other_role()} in group {channel.groupby()}: the others did not come within "
-                f"{policy.join_deadline:g} s (policy.joinDeadline)."
+                f"{longest:g} s (policy.joinDeadline)."
             )
             self._present = len(self._idle(channel))
         self._met = True

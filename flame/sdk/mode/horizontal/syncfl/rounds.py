@@ -44,9 +44,11 @@ PROP_BUSY = "busy"
 #: What is left of a deadline that is over, to take what has arrived by then.
 LAST_LOOK_SECONDS = 1.0
 
-#: Small values beside a model on its way down: seconds left for the round; seconds to wait for trainers if there are none.
+#: Small values beside a model on its way down: seconds left for the round; seconds to wait for trainers if there are none; whether to wait
+#: for all that the group has.
 TOLD_SECONDS = "seconds"
 TOLD_PATIENCE = "patience"
+TOLD_WHOLE = "whole"
 #: A small value beside an update on its way up: whether this end has more for the round.
 TOLD_MORE = "more"
 
@@ -106,6 +108,8 @@ class RoundAggregator(Role):
     _tally: Tally
     _started: float = 0.0
     _met: bool = False
+    _tries: int = 0  # how many rounds were begun anew
+    _again: float = 0.0  # this one was: how long to wait for all, in seconds
     _known_order: dict[str, tuple[str, str]]  # of all that were ever seen, as one that has left is not known any more
 
     def internal_init(self) -> None:
@@ -178,8 +182,8 @@ class RoundAggregator(Role):
 
     @property
     def _mark(self) -> int | str:
-        """What this process's rounds are known by; an update brings it back. A successor has another one."""
-        return self.attempt
+        """What this process's rounds are known by; an update brings it back. A successor has another one, and a round that is begun anew."""
+        return f"{self.attempt}+{self._tries}" if self._tries else self.attempt
 
     # A round's beginning.
 
@@ -240,7 +244,8 @@ class RoundAggregator(Role):
             if member is not None:
                 self._known_order[end] = order_of(channel, end)
         left = self._tally.left()
-        told = {key: value for key, value in ((TOLD_SECONDS, left), (TOLD_PATIENCE, patience)) if value}
+        further = ((TOLD_SECONDS, left), (TOLD_PATIENCE, patience or self._again), (TOLD_WHOLE, self._again > 0))
+        told = {key: value for key, value in further if value}
         outgoing = {**self._outgoing, MessageType.METADATA: told} if told else self._outgoing
         visits = channel.visits()
         self._tally.visits.update({end: visits.get(end, 0) for end in ends})
@@ -267,11 +272,20 @@ class RoundAggregator(Role):
                 continue
             if tally.trainers >= least:
                 break
-            if not self._recruit(channel, tally, least, patience):
+            if self._begin_again(channel, patience):
+                tally = self._tally
+            elif not self._recruit(channel, tally, least, 0.0 if self._again else patience):
                 return False
         for end in tally.pending:
             log.info("Round %d goes on without %s.", self._round, end)
         return True
+
+    def _begin_again(self, channel: Channel, patience: float) -> bool:
+        """For the top: too few updates have come because somebody was lost further down; whether the round was given to all anew.
+
+        :param patience: how long to wait for those who come in the place of the lost, in seconds.
+        """
+        return False
 
     def _make_up(self, channel: Channel, tally: Tally) -> bool:
         """For topologies that can give lost ends' work to others: whether it was done."""

@@ -11,6 +11,8 @@ updates, others may still come in; when nobody does, the job fails with a :class
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 from flame.errors import RoundFailed, SpecError
@@ -18,14 +20,17 @@ from flame.sdk import privacy
 from flame.sdk.channel import Channel
 from flame.sdk.checkpoints import State
 from flame.sdk.mode.composer import Composer
-from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, RoundAggregator, data_at
+from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, RoundAggregator, Tally, data_at
 from flame.sdk.mode.message import MessageType
+from flame.sdk.mode.role import SHORT_WAIT
 from flame.sdk.mode.roundkeeper import RoundKeeper
 from flame.sdk.mode.tasklet import Loop, Tasklet
 from flame.sdk.privacy.base import Privacy
 from flame.sdk.weights import get_weights, set_weights
 
 __all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TopAggregator"]
+
+log = logging.getLogger(__name__)
 
 
 class TopAggregator(RoundKeeper, RoundAggregator):
@@ -37,6 +42,7 @@ class TopAggregator(RoundKeeper, RoundAggregator):
 
     dataset: Any = None
     _privacy: Privacy
+    _until: float = 0.0  # by time.monotonic(), when it is too late to begin this round anew
     _present: int | None = None  # how many there were, where some of the job's trainers did not come or are given up
 
     def internal_init(self) -> None:
@@ -65,6 +71,7 @@ class TopAggregator(RoundKeeper, RoundAggregator):
 
     def _distribute_weights(self, tag: str) -> None:
         channel = self.channel(tag)
+        self._again = 0.0
         self._await_trainers(channel)
         self._open_round(channel, get_weights(self.model), self.config.policy.round_deadline)
         extra = self._optimizer.extra()
@@ -126,6 +133,35 @@ class TopAggregator(RoundKeeper, RoundAggregator):
         set_weights(self.model, self._optimizer.finish())
         self._privacy.step()
         self.update_metrics(self._privacy.metrics())
+
+    def _begin_again(self, channel: Channel, patience: float) -> bool:
+        """See :class:`RoundAggregator`.
+
+        A group whose trainer or aggregator was lost has answered with less, or with a part, which nobody can take out of the sum again. So all
+        begin anew, and each group waits for all that it has.
+        """
+        tally = self._tally
+        expected = self._present or self.config.peers.get(channel.name()) or 1
+        if data_at(channel) or tally.left() is not None or tally.refused:
+            return False
+        if self._again == 0.0:
+            self._until = time.monotonic() + patience
+        left = self._until - time.monotonic()
+        if left <= 0 or not self.wait_for(
+            channel,
+            lambda: len(channel.all_ends()) >= expected,
+            lambda: f"{expected - len(channel.all_ends())} more of {expected} workers of role {channel.other_role()}",
+            left,
+        ):
+            return False
+        assert self._outgoing is not None
+        log.info("Round %d is begun anew: it has %d updates.", self._round, tally.trainers)
+        self._tries += 1
+        self._again = max(SHORT_WAIT, self._until - time.monotonic())
+        self._tally = Tally(None)
+        self._optimizer.begin(self._outgoing[MessageType.WEIGHTS], self._round)
+        self._give_to(channel, channel.all_ends())
+        return True
 
     def _too_few(self, least: int) -> RoundFailed:
         """What a round that cannot be completed ends in."""
