@@ -42,6 +42,7 @@ from flame.controller.participants import named
 from flame.controller.standing import Right, Stay
 from flame.errors import FlameError, NotFound, ServerError, Unauthorized, UsageError
 from flame.sessions.manager import Manager
+from flame.spec.nesting import check_nesting
 from flame.spec.people import Principal, UserRole
 from flame.spec.shape import shape
 
@@ -89,6 +90,8 @@ class Api:
         self.audit = audit or Audit(None)
         self.attachments = Attachments()
         self.requests: Counter[int] = Counter()
+        #: Told of the connection of each request.
+        self.heard: Callable[[Any], None] = lambda _: None
         self._documents: dict[bool, dict[str, Any]] = {}
 
     @property
@@ -194,6 +197,7 @@ class Api:
     @web.middleware
     async def _unrouted(self, request: web.Request, handler: Endpoint) -> web.StreamResponse:
         """What aiohttp itself refuses is answered in the same form."""
+        self.heard(request.protocol)
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -225,6 +229,7 @@ def _reader(route: Route) -> Callable[[web.Request], Awaitable[Any]] | None:
         if request.content_type != "application/json":
             raise UsageError(f"The body must be JSON (Content-Type: application/json), not {request.content_type}.")
         data = await _body(request, route.limit)
+        check_nesting(data)
         try:
             try:
                 return decoder.decode(data)

@@ -186,13 +186,14 @@ def _put_in_place(partial: IO[bytes], path: Path) -> None:
 def _link(source: Path, target: Path, size: int) -> bool:
     """Give a file a second name, if it is the one that is meant. It appears there as a whole."""
     try:
-        found = source.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-            return False
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f"{_PARTIAL}{target.name}.{os.getpid()}")
         beside.unlink(missing_ok=True)
         os.link(source, beside, follow_symlinks=False)
+        found = beside.lstat()  # of our name for it: behind the other one its worker may put a link at any time
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            beside.unlink()
+            return False
         os.replace(beside, target)
         beside.unlink(missing_ok=True)  # where both were names of one file already, the replacing does nothing
     except OSError:

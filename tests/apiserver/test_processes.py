@@ -202,3 +202,22 @@ async def test_a_secret_is_readable_by_its_owner_alone(start_process: Callable[.
     await server.url()
     for name in ("secret", "flame.db"):
         assert os.stat(server.data_dir / name).st_mode & 0o077 == 0
+
+
+async def test_what_a_server_and_its_workers_write_is_for_their_account_alone(
+    start_process: Any, make_form: Any, make_code: Any, tmp_path: Path
+) -> None:
+    """Also in a folder that was there before, for all to read."""
+    data = tmp_path / "data"
+    data.mkdir(mode=0o755)
+    data.chmod(0o755)
+    server = start_process()
+    async with Client(await server.url()) as client:
+        digest = await client.code.upload(make_code("open('here', 'w').write('x'); raise SystemExit(3)"))
+        job = await client.jobs.create(make_form(digest))
+        await client.jobs.start(job.id)
+        assert (await client.jobs.wait(job.id)).state is JobState.FAILED  # so what its workers wrote is kept
+        written = {path.relative_to(data).as_posix(): path.lstat().st_mode & 0o777 for path in data.rglob("*")}
+    assert {"flame.db", "secret", "audit.log", "server.json", "workers"} <= written.keys()
+    assert any(path.endswith("/here") for path in written)
+    assert not {path: oct(mode) for path, mode in written.items() if mode & 0o077}

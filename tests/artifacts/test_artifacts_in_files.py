@@ -1,5 +1,6 @@
 """What is particular to artifacts in a folder, and to choosing a place."""
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -79,3 +80,31 @@ def test_without_the_library_the_extra_that_brings_it_is_named(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(MissingExtra, match=r"pip install 'flame\[cloud\]'"):
         open_artifacts("s3://bucket", tmp_path)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_worker_s_file_that_is_a_link_to_somebody_else_s_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Neither if it is one from the beginning, nor if it becomes one while it is looked at."""
+    secret, offered = tmp_path / "secret", tmp_path / "offered"
+    secret.write_bytes(b"12345678")
+    offered.write_bytes(b"checkpnt")
+    link = os.link
+
+    def swap() -> None:
+        offered.unlink()
+        offered.symlink_to(secret)
+
+    def swapping(source: Path, target: Path, **options: bool) -> None:
+        swap()
+        link(source, target, **options)
+
+    if late:
+        monkeypatch.setattr("flame.artifacts.files.os.link", swapping)
+    else:
+        swap()
+    place = FileArtifacts(tmp_path / "place")
+    assert not await place.adopt("a/b", offered, 8)
+    assert await place.stat("a/b") is None
+    assert not [path for path in (tmp_path / "place").rglob("*") if not path.is_dir()]

@@ -17,6 +17,7 @@ from flame.sessions.manager.apps import NeedsBundle, Sees
 from flame.sessions.manager.journal import Member
 from flame.sessions.manager.live import Live
 from flame.sessions.manager.manager import Manager
+from flame.spec.nesting import check_nesting
 from flame.spec.sessions import SessionForm
 from flame.spec.shape import shape
 
@@ -91,6 +92,7 @@ class Client:
             await asyncio.wait(set(self._uploads))
         if form is not None:
             wanted = shape(form, SessionForm)
+            check_nesting(msgspec.json.encode(wanted))
             live = await self._manager.register.open(wanted, project=self._project, owner=self._owner, sees=self._sees)
         else:
             found = self._manager.register.live(session or "")
@@ -159,7 +161,7 @@ class Client:
         error = None if done.cancelled() else done.exception()
         if isinstance(error, FlameError):
             self._refuse(number, error)
-        elif isinstance(error, msgspec.ValidationError | TypeError | KeyError):
+        elif isinstance(error, msgspec.ValidationError | TypeError | KeyError | RecursionError):
             self._refuse(number, SpecError(f"this does not fit: {error}."))
         elif error is not None:
             log.error("a client's request failed", exc_info=error)
