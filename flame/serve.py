@@ -197,7 +197,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
     from flame.apiserver.access import Guard
     from flame.apiserver.app import Api
     from flame.apiserver.audit import Audit
-    from flame.apiserver.doorman import PATIENCE, Doorman
+    from flame.apiserver.doorman import PATIENCE, Doorman, is_ours
     from flame.apiserver.oidc import Oidc
     from flame.artifacts import open_artifacts
     from flame.controller.context import Options
@@ -286,7 +286,7 @@ async def serve(settings: ServeSettings, data_dir: Path) -> AsyncIterator[Server
         assert web_runner.server is not None
         doorman = Doorman(web_runner.server)
         api.heard = doorman.heard
-        logging.getLogger("aiohttp.server").addFilter(_is_ours)
+        logging.getLogger("aiohttp.server").addFilter(is_ours)
         patience = PATIENCE if tls is not None else None
         doors = await asyncio.get_running_loop().create_server(
             doorman, sock=listener, ssl=tls, ssl_handshake_timeout=patience, backlog=4096
@@ -398,13 +398,6 @@ def _registry(data_dir: Path, artifacts: Artifacts) -> Any:
         place = f"{artifacts.url}/mlflow" if artifacts.apart else ""
         return Registry(sort="mlflow", uri=f"sqlite:///{data_dir / 'mlflow.db'}", artifacts=place)
     return Registry(sort="local", uri=str(data_dir / "registry"))
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a fault that aiohttp logs is the server's: nonsense that strangers send need not fill its log with traces."""
-    from aiohttp.http_exceptions import HttpProcessingError
-
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def _write_atomically(path: Path, text: str) -> None:

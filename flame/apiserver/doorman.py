@@ -8,6 +8,7 @@ After its first request a connection that is idle is closed by aiohttp.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -56,3 +57,10 @@ class Doorman(Generic[P]):
     def _turn_away(self, one: P) -> None:
         del self._silent[one]
         one.force_close()
+
+
+def is_ours(record: logging.LogRecord) -> bool:
+    """Whether a fault that aiohttp logs is the server's: nonsense that strangers send need not fill its log with traces."""
+    from aiohttp.http_exceptions import HttpProcessingError
+
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
