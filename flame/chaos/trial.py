@@ -184,7 +184,7 @@ async def _private(computes: Path | None) -> AsyncIterator[_Ground]:
     token, options = None, list[str]()
     if computes is not None:
         token = secrets.token_urlsafe()
-        options = ["--computes", str(computes.absolute()), "--host", _our_address(), "--insecure-plain-http"]
+        options = ["--computes", str(computes.absolute()), "--host", our_address(), "--insecure-plain-http"]
     with tempfile.TemporaryDirectory(prefix="flame-chaos-") as scratch:
         folder = Path(scratch) / "points"
         folder.mkdir()
@@ -205,7 +205,7 @@ async def _private(computes: Path | None) -> AsyncIterator[_Ground]:
             await end_all(folder)  # the workers of a trial that was broken off
 
 
-def _our_address() -> str:
+def our_address() -> str:
     """The address of this machine at which containers and other machines find it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -29,6 +29,7 @@ from flame.chaos.plan import PHASES, Act, Deed
 from flame.chaos.processes import end_all
 from flame.chaos.reach import Reach
 from flame.chaos.server import Part, Server
+from flame.chaos.trial import our_address
 from flame.client import Client, load_job
 from flame.controller.lifecycle import TRANSITIONS
 from flame.errors import FlameError
@@ -215,13 +216,6 @@ def container_image() -> str:
     return subprocess.run(
         [CHECKOUT / ".ci" / "image", "light"], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.split()[-1]
-
-
-def our_address() -> str:
-    """This machine as containers see it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing; only the route is looked up
-        return str(probe.getsockname()[0])
 
 
 class Lane:

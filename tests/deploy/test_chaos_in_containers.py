@@ -1,5 +1,6 @@
 """``flame chaos`` on workers that are containers of a real engine: it hits them there, and they go on as if nothing had been."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
 import engines
 from survivalkit import central
+
+from flame.chaos.server import Server
+from flame.chaos.trial import our_address
 
 ON_ENGINE = {"trainer": {"realm": "engine"}, "aggregator": {"realm": "engine"}}
 
@@ -94,3 +98,33 @@ def test_a_trial_that_is_told_to_end_leaves_no_container(chaos):
     done = chaos("--kill", "trainer@train=2", rounds=1_000_000, end_after="killed ")
     assert done.returncode == 130, done.stderr
     assert done.stderr.endswith("Interrupted.\n")
+
+
+@pytest.mark.timeout(200)
+def test_a_job_of_a_running_server_is_disturbed_in_its_containers(tmp_path):
+    computes = tmp_path / "computes.yaml"
+    config = {"image": engines.docker_image(), "pullPolicy": "never"}
+    computes.write_text(yaml.safe_dump([{"name": "engine", "kind": "docker", "config": config}]))
+    settings = {"FLAME_CONFIG": str(tmp_path / "none"), "FLAME_TOKEN": "of-the-test"}
+    points = {"FLAME_CHAOS": str(tmp_path / "points")}
+    options = ["--computes", str(computes), "--host", our_address(), "--insecure-plain-http"]
+    server = Server(tmp_path / "data", {**settings, **points}, options)
+    asyncio.run(server.start())
+
+    def flame(*words):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
+        environment |= {**settings, "FLAME_DATA_DIR": str(tmp_path / "data"), "FLAME_SERVER": server.url}
+        command = [sys.executable, "-m", "flame", *words, "-o", "json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    try:
+        job = central(tmp_path / "job", sites=2, placement=ON_ENGINE, restart={"attempts": 5, "backoff": 0.1})
+        created = flame("job", "create", str(job))
+        told = flame("chaos", created["id"], "--kill", "trainer@train=2")
+    finally:
+        asyncio.run(server.end())
+    assert told["state"] == "completed"
+    assert " in container " in told["deeds"][0]["what"], told
+    assert list((tmp_path / "points").iterdir()) == []
