@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from flame.client import Client
+from flame.spec.nouns import RestartPolicy
 from flame.spec.records import JobState
 
 #: Reports a round, waits to be let on, reports the next.
@@ -32,10 +38,23 @@ while not os.path.exists(os.path.join({gates!r}, "4")):
     time.sleep(0.005)
 """
 
+#: Takes its own flamelet along, the first time.
+KILLS = """
+import json, os, signal
+name = json.load(open("config.json"))["job"]["name"]
+try:
+    os.mkdir(os.path.join({gates!r}, name))
+except FileExistsError:
+    print("done")
+else:
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
+"""
 
-async def start_job(client: Client, code: bytes, make_form: Any) -> str:
+
+async def start_job(client: Client, code: bytes, make_form: Any, **fields: Any) -> str:
     digest = await client.code.upload(code)
-    job = await client.jobs.create(make_form(digest))
+    job = await client.jobs.create(make_form(digest, **fields))
     await client.jobs.start(job.id)
     return job.id
 
@@ -52,6 +71,16 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def descriptors(server: psutil.Process) -> Counter[str]:
+    """What a process has open, without the database: SQLite opens its files when a connection first needs them."""
+    names = Counter[str]()
+    for number in os.listdir(f"/proc/{server.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            name = re.sub(r"\[\d+\]", "", os.readlink(f"/proc/{server.pid}/fd/{number}"))
+            names[name] += "/flame.db" not in name
+    return names
 
 
 def open_gate(gates: Path, number: int) -> None:
@@ -221,3 +250,31 @@ async def test_what_a_server_and_its_workers_write_is_for_their_account_alone(
     assert {"flame.db", "secret", "audit.log", "server.json", "workers"} <= written.keys()
     assert any(path.endswith("/here") for path in written)
     assert not {path: oct(mode) for path, mode in written.items() if mode & 0o077}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what another process has open")
+async def test_jobs_and_killed_workers_leave_no_descriptor_open(
+    start_process: Callable[..., Any], make_code: Any, make_form: Any, tmp_path: Path
+) -> None:
+    code = make_code("print('done')\n", KILLS.format(gates=str(tmp_path)))
+    process = start_process()
+    url = await process.url()
+    server = psutil.Process(process.process.pid)
+
+    async def run(name: str) -> None:
+        async with Client(url) as client:
+            job = await start_job(client, code, make_form, name=name, restart=RestartPolicy(attempts=3, backoff=0.0))
+            ended = await client.jobs.wait(job)
+            assert ended.state is JobState.COMPLETED, ended.failure
+            assert sum(task.attempt for task in await client.jobs.tasks(job)) == 4, "one of three was started again"
+
+    await run("first")
+    async with asyncio.timeout(60):
+        while descriptors(server)["anon_inode:[pidfd]"] or len(server.net_connections()) > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    before = descriptors(server)
+    for number in range(5):
+        await run(f"job-{number}")
+    async with asyncio.timeout(60):
+        while descriptors(server) != before:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
