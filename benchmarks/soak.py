@@ -32,7 +32,7 @@ import psutil
 
 from benchmarks.jobs import no_op_job
 from benchmarks.report import Figure, report
-from flame.chaos import acts
+from flame.chaos import acts, interrupt
 from flame.chaos.processes import end_all, of_folder, workers
 from flame.chaos.server import Server
 from flame.client import Client, load_job
@@ -291,7 +291,7 @@ def main() -> int:
         trainer.write_text(trainer.read_text().replace("def train(self): ...", TRAIN))
         deaths = lives(arguments.jobs, arguments.server_kills, random)
         one = Soak(folder, job, arguments.at_a_time, deaths, random)
-        asyncio.run(one.run(arguments.jobs, tuple(arguments.every)))
+        interrupt.run(one.run(arguments.jobs, tuple(arguments.every)))
     grown = growth(one.looks)
     report(
         [
