@@ -121,15 +121,18 @@ async def log(call: Call[Any, AppendQuery]) -> Size:
 
 async def artifact(call: Call[Any, AttemptQuery]) -> Kept:
     """Take in an artifact; the worker lives while it sends."""
-    supervisor, _, _ = _enter(call)
-    controller = call.api.controller
+    supervisor, task, _ = _enter(call)
+    artifacts, name = call.api.controller.context.artifacts, call.path("name")
+    artifacts.name(supervisor.id, name)  # one that can be
+    await supervisor.hand_in(task, name)
 
     async def pieces() -> AsyncIterator[bytes]:
         async for piece in call.request.content.iter_any():
             _enter(call)  # what an older attempt sends must not take the place of what the next one does
+            supervisor.check_artifact(task, name)  # others may have handed theirs in meanwhile
             yield piece
 
-    return Kept(path=await controller.context.artifacts.put(supervisor.id, call.path("name"), pieces()))
+    return Kept(path=await artifacts.put(supervisor.id, name, pieces()))
 
 
 def _round(call: Call[Any, Any]) -> int:

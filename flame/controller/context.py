@@ -41,6 +41,7 @@ class StoredTask(Task, kw_only=True):
     :ivar owes: it has something of its own to hand in.
     :ivar holder: by which the participant who has taken it is known again: the SHA-256 of its secret.
     :ivar invite: the id of the invite that the participant came with.
+    :ivar handed_in: the names of the artifacts that its workers have handed in, or begun to.
     """
 
     replaced: int = 0
@@ -48,6 +49,7 @@ class StoredTask(Task, kw_only=True):
     owes: bool = False
     holder: str | None = None
     invite: str | None = None
+    handed_in: list[str] = msgspec.field(default_factory=list)
 
 
 class StoredInvite(Invite, kw_only=True):

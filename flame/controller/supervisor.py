@@ -42,6 +42,7 @@ from flame.controller.placement import Need, need_of, placement_of
 from flame.controller.rendezvous import Rendezvous
 from flame.controller.shelf import Saved
 from flame.controller.workers import Crew, Worker, too_late
+from flame.errors import Forbidden
 from flame.runners.base import WorkerExit, WorkerInfo
 from flame.spec.nouns import Placement
 from flame.spec.records import Failure, Job, JobState, Model, Record, Report, TaskState
@@ -322,6 +323,29 @@ class Supervisor:
             if fresh:
                 worker.acked = fresh[-1][0].seq
         return worker.acked
+
+    def check_artifact(self, task: str, name: str) -> None:
+        """Whether a worker may hand in an artifact of this name.
+
+        :raises flame.errors.Forbidden: it is a participant's, and a worker of the job's own in another role has handed in one of
+            that name: a trainer from elsewhere does not replace the aggregator's model.
+        """
+        mine = self._ledger.task(task)
+        if mine.config.from_user and any(
+            name in one.handed_in and one.role != mine.role and not one.config.from_user for one in self.tasks
+        ):
+            raise Forbidden(f"The artifact {name!r} is another worker's; a participant cannot replace it.")
+
+    async def hand_in(self, task: str, name: str) -> None:
+        """A worker is about to hand in an artifact.
+
+        :raises flame.errors.Forbidden: see :meth:`check_artifact`.
+        """
+        async with self._lock:
+            self.check_artifact(task, name)
+            known = self._ledger.task(task).handed_in
+            if name not in known:
+                await self._ledger.save_task(task, handed_in=[*known, name])
 
     def parted(self, task: str, attempt: int) -> None:
         """A worker has said how its task ended: it is about to go."""

@@ -14,10 +14,12 @@ import pytest
 from flame import sessions
 from flame.client import Client
 from flame.client.http import Session
+from flame.client.participant import Participant
 from flame.controller.standing import Standing
 from flame.errors import FlameError, Forbidden, NotFound, Unauthorized
+from flame.spec.nouns import DatasetGroups
 from flame.spec.people import LOCAL, ProjectForm, TokenForm, UserChange, UserForm, UserRole
-from flame.spec.records import Event, TaskState
+from flame.spec.records import Event, JobState, TaskState
 from flame.spec.sessions import Application, SessionForm
 
 #: Runs until it is stopped.
@@ -281,3 +283,35 @@ async def test_what_an_older_attempt_sends_is_not_kept(world: World) -> None:
         assert status == 403, said
     with pytest.raises(FlameError):
         await controller.context.artifacts.find(world.job, "model.bin")
+
+
+async def test_a_participant_does_not_replace_the_model_that_the_aggregator_has_handed_in(
+    served: Any, make_form: Any, make_code: Any
+) -> None:
+    controller = served.server.controller
+    digest = await served.client.code.upload(make_code(FOR_EVER, FOR_EVER))
+    brought = DatasetGroups(role="trainer", dataset_groups={"default": []}, from_user={"default": 1})
+    job = await served.client.jobs.create(make_form(digest, datasets=[], data_spec=[brought]))
+    await served.client.jobs.start(job.id)
+    invite = await served.client.invites.create(job.id)
+    async with Participant(served.url, invite.token) as me:
+        async with contextlib.aclosing(me.states()) as states:
+            async for state, _ in states:
+                if state is JobState.DEPLOYING:
+                    break
+        seat = await me.seat("x" * 32, "site", None)
+    top = next(task.id for task in await controller.tasks(job.id) if task.role == "aggregator")
+    keys = controller.context.keys
+
+    async def put(task: str, name: str, data: bytes) -> None:
+        async with Session(served.url, keys.task(task, 1)) as worker:
+            await worker.call("PUT", f"/v1/tasks/{task}/artifacts/{name}", query={"attempt": 1}, data=data)
+
+    await put(seat.task, "model.bin", b"mine, for want of another")
+    await put(top, "model.bin", b"the job's")
+    with pytest.raises(Forbidden, match="another worker's"):
+        await put(seat.task, "model.bin", b"poison")
+    await put(seat.task, "notes.txt", b"hello")
+    await put(top, "model.bin", b"the job's, later")
+    found = await controller.context.artifacts.find(job.id, "model.bin")
+    assert found.size == len(b"the job's, later")
