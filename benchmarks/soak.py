@@ -97,7 +97,7 @@ def growth(looks: list[Look]) -> Growth | None:
             continue
         memory = np.polyfit([look.jobs for look in late], [look.memory for look in late], 1)[0]
         descriptors = np.polyfit([look.jobs for look in seen], [look.descriptors for look in seen], 1)[0]
-        slopes.append((100 * float(memory), 100 * float(descriptors), seen[-1].memory - seen[0].memory))
+        slopes.append((100 * float(memory), round(100 * float(descriptors), 3), seen[-1].memory - seen[0].memory))
     return Growth(len(slopes), *(max(each) for each in zip(*slopes, strict=True))) if slopes else None  # type: ignore[arg-type]
 
 
@@ -154,12 +154,12 @@ class Soak:
             try:
                 await asyncio.wait([everything, disturbing], return_when=asyncio.FIRST_COMPLETED)
                 if disturbing.done():
-                    everything.cancel()
                     disturbing.result()
                 await everything
             finally:
+                everything.cancel()
                 disturbing.cancel()
-                await asyncio.gather(disturbing, return_exceptions=True)
+                await asyncio.gather(everything, disturbing, return_exceptions=True)
 
     async def _one(self, client: Client, number: int) -> None:
         """Run one job and look at its model."""
@@ -291,7 +291,11 @@ def main() -> int:
         trainer.write_text(trainer.read_text().replace("def train(self): ...", TRAIN))
         deaths = lives(arguments.jobs, arguments.server_kills, random)
         one = Soak(folder, job, arguments.at_a_time, deaths, random)
-        interrupt.run(one.run(arguments.jobs, tuple(arguments.every)))
+        try:
+            interrupt.run(one.run(arguments.jobs, tuple(arguments.every)))
+        except KeyboardInterrupt:
+            print("Interrupted; all that was started has been ended.", file=sys.stderr, flush=True)
+            return 130
     grown = growth(one.looks)
     report(
         [
