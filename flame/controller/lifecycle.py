@@ -270,6 +270,8 @@ def settle(job: JobLife, actions: list[Action] | None = None) -> tuple[JobLife, 
     if job.state in (JobState.DEPLOYING, JobState.RUNNING):
         for task in _superfluous(job):
             job = _ran(job, replace(task, state=TaskState.COMPLETED), actions)
+            if task.state is TaskState.DEPLOYING:  # there is nothing that it could still have to say
+                job = _end(job, job.tasks[task.id], "its task is done without it", actions)
         for task in _left_behind(job):
             actions.append(Dismiss(task.id, task.attempt))
             job = _set(job, replace(task, told=task.attempt))

@@ -206,7 +206,9 @@ def test_a_trainer_that_comes_back_when_the_work_is_done_need_not_do_any() -> No
     assert job.tasks["t1"].state is TaskState.DEPLOYING
     job, actions = drive(job, Completed("t0", 1))
     assert job.tasks["t1"].state is TaskState.COMPLETED
-    assert End("t1", 2, "its task has ended", parting=True) in actions
+    assert End("t1", 2, "its task is done without it", parting=False) in actions, (
+        "it has not begun, so nobody waits for it"
+    )
     job, _ = drive(job, Gone("t0", 1, cause()), Gone("t1", 2, cause("t1")), Gone("t2", 1, cause("t2")))
     assert job.state is JobState.COMPLETED
 
