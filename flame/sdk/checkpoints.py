@@ -80,7 +80,7 @@ class Checkpoints:
         self._offer: tuple[int, State] | None = None
         self._writing = False
         self._under_way: int | None = None
-        self._durable = 0
+        self._durable = -1
         self._next = 0.0
         self._closed = False
         self._complained = False
@@ -115,7 +115,7 @@ class Checkpoints:
 
     @property
     def durable(self) -> int:
-        """The newest round whose checkpoint the server has; 0: none."""
+        """The newest round whose checkpoint the server has, 0 for the beginning; -1: none."""
         return self._durable
 
     def due(self, round: int, *, last: bool = False) -> bool:

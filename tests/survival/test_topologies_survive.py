@@ -9,8 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from survivalkit import Run, asynchronous, bits, central, coordinated, finish, hybrid, parallel, peers, rounds, tree
+from test_operations import Server
 
 ROOT = Path(__file__).parents[2]
+#: All kills may meet the same worker.
+OFTEN = {"attempts": 10, "backoff": 0.1}
 
 EXACT = {
     "tree": (
@@ -29,12 +32,34 @@ EXACT = {
         [["middle@aggregate@2.kill", "top@aggregate@3.kill", "trainer@upload@4.kill", "middle@upload@5.kill"]],
     ),
     "distributed": (
-        lambda folder: peers(folder, "distributed", ["ring_allreduce"]),
-        [["trainer@train+@2.kill", "trainer@train@3.kill", "trainer@checkpoint+@4.kill"]],
+        lambda folder: peers(folder, "distributed", ["ring_allreduce"], restart=OFTEN),
+        [
+            [
+                "trainer@ring_allreduce+@1.kill",
+                "trainer@train+@2.kill",
+                "trainer@ring_allreduce+@3.kill",
+                "trainer@checkpoint+@4.kill",
+            ]
+        ],
     ),
     "swarm": (
-        lambda folder: peers(folder, "swarm", ["elect", "handover"], modelSpec={"optimizer": {"sort": "fedadam"}}),
-        [["trainer@train+@2.kill", "trainer@train@3.kill"]],
+        lambda folder: peers(
+            folder, "swarm", ["elect", "handover"], modelSpec={"optimizer": {"sort": "fedadam"}}, restart=OFTEN
+        ),
+        [["trainer@train+@2.kill", "trainer@train@3.kill", "trainer@handover+@4.kill"]],
+    ),
+    "gossip": (
+        lambda folder: peers(folder, "gossip", ["gossip"], restart=OFTEN),
+        [
+            ["trainer@train@1.kill", "trainer@gossip@2.kill", "trainer@gossip+@3.kill", "trainer@checkpoint+@4.kill"],
+            [
+                "trainer@gossip+@1.kill",
+                "trainer@train+@3.kill",
+                "trainer@checkpoint@5.kill",
+                "trainer@save_model@6.kill",
+            ],
+            ["trainer@inform_end_of_training@6.kill", "trainer@save_model+@6.kill"],
+        ],
     ),
     "coordinated": (
         coordinated,
@@ -71,7 +96,6 @@ WHOLE = {
         ],
     ),
     "asynchronous": (asynchronous, ["trainer@train@2.kill", "top@aggregate@3.kill", "top@checkpoint+@4.kill"]),
-    "gossip": (lambda folder: peers(folder, "gossip", ["gossip"]), ["trainer@train@2.kill", "trainer@gossip@3.kill"]),
 }
 
 
@@ -92,6 +116,17 @@ def test_all_rounds_are_done(tmp_path, topology):
     document, models = finish(tmp_path, make(tmp_path / "job"), wishes)
     assert rounds(document) == [1, 2, 3, 4, 5]
     assert models
+
+
+def test_a_hybrid_job_says_that_it_cannot_be_deterministic_whoever_is_killed(tmp_path):
+    server = Server(tmp_path)
+    try:
+        job = server.call("job", "create", str(hybrid(tmp_path / "job")), "--start")["id"]
+        warnings = server.state(job, "completed")["warnings"]
+    finally:
+        server.process.terminate()
+        server.process.communicate(timeout=30)
+    assert any("policy.deterministic makes undisturbed runs of a hybrid job equal" in each for each in warnings)
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,18 @@ stands = st.dictionaries(
 )
 
 
+def test_a_round_is_done_again_with_all_where_nobody_else_has_the_model_of_who_is_behind():
+    where = {"a": Stand(3, True, 1), "b": Stand(3, False, 1), "c": Stand(2, True, 1)}
+    plan = decide("p", where, sorted(where), 1, whole=True, own=True)
+    assert (plan.round, plan.ring, plan.to) == (3, ["a", "b", "c"], [])
+    early = where | {"c": Stand(2, False, 1)}
+    plan = decide("p", early, sorted(early), 1, whole=True, own=True)
+    assert (plan.round, plan.members) == (3, set()), "it has to train first"
+    gift = Plan(id="p", round=3, giver="a", to=["c"], tickets={"a": 1, "b": 1, "c": 1})
+    assert decide("p", where, sorted(where), 1, whole=True) == gift, "all have the same model"
+    assert decide("p", where, sorted(where), 1, own=True).to == ["c"], "nobody is waited for"
+
+
 @given(stands, st.integers(1, 3))
 def test_a_plan_never_averages_updates_of_different_models_and_leaves_nobody_out(stands, least):
     order = sorted(stands)

@@ -59,7 +59,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return not self.ring and not self.to and not self.failure
 
 
-def decide(id: str, stands: Mapping[str, Stand], order: Sequence[str], least: int, *, whole: bool = False) -> Plan:
+def decide(
+    id: str, stands: Mapping[str, Stand], order: Sequence[str], least: int, *, whole: bool = False, own: bool = False
+) -> Plan:
     """The next plan.
 
     Who is new gets the model after the round that the others are about to close, and does not hold them up. Who was left behind
@@ -71,6 +73,8 @@ def decide(id: str, stands: Mapping[str, Stand], order: Sequence[str], least: in
     :param order: all of them in the order of the ring.
     :param least: how many updates make a round.
     :param whole: nobody who is there may be missing in a round, whatever that takes.
+    :param own: each member has a model of its own, so nobody else's is of use to who is behind. With ``whole``, the round is done again
+        with all of them: those who have closed it give their updates once more, and keep the models that they have.
     """
     tickets = {end: stand.ticket for end, stand in stands.items()}
     ahead = max(stand.done for stand in stands.values())
@@ -82,6 +86,9 @@ def decide(id: str, stands: Mapping[str, Stand], order: Sequence[str], least: in
     current = [end for end in order if stands[end].done == ahead]
     behind = [end for end in order if stands[end].done < ahead]
     ring = [end for end in current if stands[end].trained]
+    if own and whole and behind and ahead > 0 and all(stands[end].done == ahead - 1 for end in behind):
+        ready = all(stands[end].trained for end in behind)
+        return Plan(id=id, round=ahead, ring=list(order) if ready else [], tickets=tickets)
     torn = whole or any(stands[end].done != NEWCOMER for end in behind)
     if (behind and (torn or len(ring) < least)) or not ring:
         return Plan(id=id, round=ahead, giver=current[0], to=behind, tickets=tickets)

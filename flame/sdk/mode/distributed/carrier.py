@@ -38,6 +38,7 @@ class Carrier(Post):
 
     plan: Plan | None = None
     _since: float = 0.0  # when it was begun, by time.monotonic
+    _visits: Mapping[str, int] = {}  # by then: what was on its way to, or from, one who has come anew since may be lost
 
     def tear(self, plan: Plan) -> None:
         """Tell all who are in a plan that it cannot be carried out."""
@@ -198,7 +199,7 @@ class Carrier(Post):
         plan = self.plan
         assert plan is not None
         try:
-            ((message, (end, _)),) = self.channel.recv_fifo(ends, 1, self._left(self._since))
+            ((message, (end, _)),) = self.channel.recv_fifo(ends, 1, self._left(self._since), visits=self._visits)
         except DeadlineExceeded:
             return News.LATE, "", None
         if message is None:

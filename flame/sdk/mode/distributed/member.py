@@ -35,10 +35,12 @@ class Member(Peer):
 
     :cvar TAG: the function tag of the channel that links the members.
     :cvar STEP: what the tasklet is called in which they combine their models.
+    :cvar OWN: whether each member has a model of its own after a round.
     """
 
     TAG: ClassVar[str]
     STEP: ClassVar[str]
+    OWN: ClassVar[bool] = False
     _table: Table
     _done: int = NEWCOMER
     _back: bool = False  # it was here before, and has not asked yet where the others are
@@ -50,7 +52,7 @@ class Member(Peer):
         channel = self.channel(self.TAG)
         expected = self.config.peers.get(channel.name(), 0) + 1
         whole = self._strict and self.config.restart.of(self.config.role).attempts > 0
-        self._table = Table(channel, self.config.policy, self.link, expected=expected, whole=whole)
+        self._table = Table(channel, self.config.policy, self.link, expected=expected, whole=whole, own=self.OWN)
         self._done = NEWCOMER
         self._back = False
 
@@ -58,7 +60,8 @@ class Member(Peer):
         """Before the first round: get the model that all begin from, or the one that they have come to by now."""
         if self._back:
             self._back = False
-            self._turn(trained=False)
+            if not self._strict:  # else it trains first: what training leaves behind here nobody can give it
+                self._turn(trained=False)
         while self._done == NEWCOMER and not self._work_done:
             self._turn(trained=False)
         if self._round <= self._done:
@@ -66,8 +69,17 @@ class Member(Peer):
             self._work_done = self._round > self._rounds
         self._started = self._table.began = time.monotonic()
         if not self._work_done:
+            if self._strict and self._done == 0:
+                self._kept.commit(0, self._state)
             self._seed_round(self._round)
             self._begin_round(self._common)
+
+    def keep_round(self) -> None:
+        """See :class:`RoundKeeper`. In a deterministic job nobody may be behind by more than the round that the others can do again."""
+        if self._strict:
+            self._kept.commit(self._round, self._state)
+        else:
+            super().keep_round()
 
     def _state(self) -> State:
         """See :class:`Role`: the model that this member has, and what the others would give it with it."""
@@ -126,6 +138,8 @@ class Member(Peer):
                 self._combine(plan)
             if me in plan.to:
                 self._receive(self._table.take_model(plan.giver))
+                # It may be that it had closed this round before, and was to report it.
+                self.is_committer = self._strict and next(iter(plan.tickets), "") == me
             elif plan.giver == me:
                 self._table.give(self._gift(), plan.to)
             self._done = plan.round

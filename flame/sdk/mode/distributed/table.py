@@ -35,6 +35,9 @@ from flame.spec.nouns import RoundPolicy
 
 log = logging.getLogger(__name__)
 
+#: A ticket has the attempt of who draws it above so many bits.
+ATTEMPT_BITS = 32
+
 
 class Table(Carrier):
     """A member's place among the others.
@@ -45,6 +48,7 @@ class Table(Carrier):
     :param expected: how many members the first agreement waits for, this one included.
     :param least: how many updates make a round; None: the policy's ``minTrainers``.
     :param whole: wait for all in each round, as those that leave come again.
+    :param own: each member has a model of its own.
     :ivar began: when the round began, by :func:`time.monotonic`; its deadline counts from there.
     """
 
@@ -57,19 +61,21 @@ class Table(Carrier):
         expected: int = 1,
         least: int | None = None,
         whole: bool = False,
+        own: bool = False,
     ) -> None:
         super().__init__(channel, policy, link)
         self.began = time.monotonic()
         self._least = policy.min_trainers if least is None else least
         self._expected = expected
         self._whole = whole
+        self._own = own
         self._met = expected <= 1
-        self._tickets = itertools.count((self.me.attempt << 32) + 1)  # a later attempt's are higher
+        self._tickets = itertools.count((self.me.attempt << ATTEMPT_BITS) + 1)  # a later attempt's are higher
         self._numbers = itertools.count(1)
 
     def expect(self, number: int) -> None:
         """Wait for no more members than so many, this one included."""
-        self._expected, self._whole = number, False
+        self._expected, self._whole = number, self._whole and self._own
         self._met = number <= 1
 
     def _ready(self) -> dict[str, Stand]:
@@ -101,6 +107,7 @@ class Table(Carrier):
         self.plan = plan
         self._met = True
         self._since = time.monotonic()
+        self._visits = self.channel.visits()
         self._forget(plan)
         if plan.failure:
             raise RoundFailed(plan.failure)
@@ -111,6 +118,8 @@ class Table(Carrier):
         policy, least = self._policy, self._least
         me = self.me.end
         self._stands[me] = self.me.attempt, mine
+        if self._own and self._whole:  # those who wait for the end come to the table again
+            self.channel.broadcast({}, timeout=SHORT_WAIT, kind=STAND, metadata={"stand": list(mine)})
         wanted = least if self._met and not self._whole else max(least, self._expected)
 
         def complete(number: int) -> bool | None:
@@ -137,7 +146,9 @@ class Table(Carrier):
                 f"The work begins with {len(ready)} of {self._expected} workers of role {self.me.role}: the others did not "
                 f"come within {policy.join_deadline:g} s (policy.joinDeadline)."
             )
-        plan = decide(f"{me}/{self.me.attempt}/{next(self._numbers)}", ready, list(ready), least, whole=self._whole)
+        plan = decide(
+            f"{me}/{self.me.attempt}/{next(self._numbers)}", ready, list(ready), least, whole=self._whole, own=self._own
+        )
         self._stands.clear()
         self._tell(plan, [end for end in ready if end != me])
         return plan
@@ -171,6 +182,38 @@ class Table(Carrier):
             {}, ends, self._policy.join_deadline, kind=PLAN, metadata={"plan": msgspec.to_builtins(plan)}
         )
 
+    def await_farewell(self, leader: str, patience: float) -> bool | None:
+        """Wait until one of those who came to the end has done what one does for all.
+
+        :param leader: who is to do it.
+        :param patience: how long that one may be away, in seconds, before it is given up.
+        :returns: True: it is done; False: somebody is at the table again, and needs the others; None: the leader is given up.
+        """
+
+        def came() -> bool | None:
+            if self._farewells:
+                return True
+            return False if self._ready() or self._newcomers() else None
+
+        def came_or_gone() -> bool | str | None:
+            found = came()
+            return found if found is not None or self.channel.has(leader) else "gone"
+
+        found = self.until(came_or_gone, None, lambda: "the model to be kept")
+        if isinstance(found, bool):
+            return found
+        return self.until(came, patience, lambda: f"the successor of {leader}, to keep its model")
+
+    def _newcomers(self) -> bool:
+        """Whether somebody is there who had not come to the table when the last plan was made."""
+        tickets = self.plan.tickets if self.plan is not None else {}
+        members = [self.channel.member(end) for end in self.channel.all_ends()]
+        return any(each is not None and tickets.get(each.end, 0) >> ATTEMPT_BITS != each.attempt for each in members)
+
+    def say_farewell(self) -> None:
+        """Tell the others that what one does for all is done."""
+        self.channel.broadcast({}, timeout=self._policy.join_deadline, kind=FAREWELL)
+
     def farewell(self, last: Callable[[], None]) -> None:
         """One of those who came to the end does ``last``; the others leave when it is done, and do it if that one dies."""
         among = self.plan.tickets.keys() if self.plan is not None else set()
@@ -182,7 +225,7 @@ class Table(Carrier):
             first = speaker()
             if first == self.me.end:
                 last()
-                self.channel.broadcast({}, timeout=self._policy.join_deadline, kind=FAREWELL)
+                self.say_farewell()
                 return
             self.until(
                 lambda: True if self._farewells or speaker() != first else None,  # noqa: B023

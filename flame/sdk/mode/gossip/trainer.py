@@ -7,7 +7,8 @@ goes the way that the mean of all trainings goes. Every member counts the same, 
 hyperparameter ``graph`` says who is whose neighbour (``ring`` where it is not set); ``seed`` chooses the random one.
 
 Who takes part in a round the members agree on as those of a ring do (:mod:`flame.sdk.mode.distributed.member`), by small messages;
-models go to neighbours alone. What a neighbour would have counted that has left in the middle of a round counts for the member's own
+models go to neighbours alone. In a deterministic job who is lost is waited for; those who have closed the round give their updates of it once more. In
+others, what a neighbour would have counted that has left in the middle of a round counts for the member's own
 model: so W stays doubly stochastic among those who are left.
 
 Lian, Zhang, Zhang, Hsieh, Zhang, Liu: Can decentralized algorithms outperform centralized algorithms? A case study for
@@ -16,10 +17,17 @@ decentralized parallel stochastic gradient descent. NeurIPS 2017, algorithm 1 (w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
 from flame.errors import WorkerError
+from flame.sdk.checkpoints import State
 from flame.sdk.mode.distributed.agreement import Plan
+from flame.sdk.mode.distributed.carrier import Torn
 from flame.sdk.mode.distributed.member import Member
-from flame.sdk.mode.distributed.peer import only_averages
+from flame.sdk.mode.distributed.peer import Peer, only_averages
 from flame.sdk.mode.gossip.graph import graph_of, metropolis_weights
 from flame.sdk.mode.message import MessageType
 from flame.sdk.optimizers.base import Optimizer
@@ -38,7 +46,10 @@ class Trainer(Member):
 
     TAG = TAG_GOSSIP
     STEP = "gossip"
+    OWN = True
     neighbours: list[str]
+    _sent: Mapping[str, Any] = {}  # this member's update of the last round that it has closed, for those who have not
+    _leader: str = ""  # whose model is the job's
 
     def internal_init(self) -> None:
         """See :class:`Role`; also looks at the graph."""
@@ -53,9 +64,13 @@ class Trainer(Member):
         only_averages(optimizer, "Gossip")
 
     def _combine(self, plan: Plan) -> None:
-        assert self._update is not None
+        again = plan.round == self._done
+        if again:
+            weights = self._sent
+        else:
+            assert self._update is not None
+            weights, _ = self._update
         me = self._table.me.end
-        weights, _ = self._update
         graph = graph_of(self._graph, plan.ring, plan.round, self._seed)
         own, others = metropolis_weights(graph, me)
         layout = Layout(weights)
@@ -63,7 +78,7 @@ class Trainer(Member):
         check_finite(mine, me)
         mix = WeightedSum(layout.empty())
         in_order = self.config.policy.deterministic  # which costs the memory of all neighbours' models
-        kept = {}
+        kept, refused = {}, set[str]()
         self._table.channel.set_property("round", plan.round)
         for message in self._table.exchange(graph[me], {MessageType.WEIGHTS: weights}):
             try:
@@ -71,18 +86,54 @@ class Trainer(Member):
                 check_finite(theirs, message.sender)
             except WorkerError as error:
                 self.link.warning(f"Round {plan.round}: {error.message}")
+                refused.add(message.sender)
                 continue
             if in_order:
                 kept[message.sender] = message, theirs
             else:
                 mix.add(theirs, others.pop(message.sender))
             del message, theirs  # their memory is free before the next one is received
+        if self._strict and self._table.limit is None and set(graph[me]) - kept.keys() - refused:
+            raise Torn
+        if again:
+            return
         for end in (each for each in graph[me] if each in kept):
             mix.add(kept[end][1], others.pop(end))
         self.neighbours = [end for end in graph[me] if end not in others]
         mix.add(mine, own + sum(others.values()))
+        if self._strict:
+            self._sent = {name: np.array(array) for name, array in as_arrays(weights).items()}
+        self._leader = plan.ring[0]
         self._take_up(layout.weights(mix.divide()))
         self.is_committer = plan.ring[0] == me
+
+    def _state(self) -> State:
+        """See :class:`Role`: also what the others may want of the last round."""
+        state = super()._state()
+        state.arrays.update({f"sent/{name}": array for name, array in self._sent.items()})
+        state.values["leader"] = self._leader
+        return state
+
+    def _load(self, state: State) -> None:
+        super()._load(state)
+        self._sent = {name: np.array(array) for name, array in state.part("sent").items()}
+        self._leader = state.values.get("leader", "")
+
+    def save_model(self) -> None:
+        """See :class:`Member`. Whose model is the job's must not depend on who is lost in the end, so a deterministic job waits for that one."""
+        if not self._strict or not self._leader:
+            super().save_model()
+            return
+        while self._leader != self._table.me.end:
+            done = self._table.await_farewell(self._leader, self.config.policy.join_deadline)
+            if done:
+                return
+            if done is None:
+                super().save_model()
+                return
+            self.inform_end_of_training()
+        Peer.save_model(self)
+        self._table.say_farewell()
 
     @classmethod
     def get_func_tags(cls) -> list[str]:

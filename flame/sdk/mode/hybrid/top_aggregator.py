@@ -24,6 +24,15 @@ __all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TopAggregator"]
 class TopAggregator(SyncTopAggregator):
     """Aggregates the groups' models and ends the job. See :class:`flame.sdk.mode.horizontal.syncfl.top_aggregator.TopAggregator`."""
 
+    def internal_init(self) -> None:
+        """See :class:`Role`; also says what a deterministic job cannot have here."""
+        super().internal_init()
+        if self._strict:
+            self.link.warning(
+                "A group closes its ring without a trainer that is lost in a round: policy.deterministic makes undisturbed runs of a hybrid "
+                "job equal, but not disturbed ones."
+            )
+
     def _may_return(self, channel: Channel) -> bool:
         """See :class:`RoundAggregator`: no, as the group has closed its ring without the one that has left."""
         return False
