@@ -119,7 +119,8 @@ async def _run(engine: Engine, container: str, script: str) -> str:
         made = await engine.call("exec_create", container, ["sh", "-c", script], stderr=False)
         return bytes(await engine.call("exec_start", made["Id"])).decode("utf-8", "replace")
     except Refused as refusal:
-        if refusal.code in _GONE:
+        # One that ends between the making of the command and its start is an internal error to the engine.
+        if refusal.code in _GONE or "is not running" in refusal.reason:
             return ""
         raise
 

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
 import engines
 from survivalkit import central
 
+from flame.chaos.containers import Inside
 from flame.chaos.server import Server
 from flame.chaos.trial import our_address
+from flame.runners.docker_engine import Engine, Refused
 
 ON_ENGINE = {"trainer": {"realm": "engine"}, "aggregator": {"realm": "engine"}}
 
@@ -128,3 +130,37 @@ def test_a_job_of_a_running_server_is_disturbed_in_its_containers(tmp_path):
     assert told["state"] == "completed"
     assert " in container " in told["deeds"][0]["what"], told
     assert list((tmp_path / "points").iterdir()) == []
+
+
+class Late(Engine):
+    """Each container has ended just before a command in it begins, and the engine says so in one of its ways."""
+
+    code, reason = 0, ""
+
+    async def call(self, method, *arguments, **named):
+        if method == "exec_create":
+            return {"Id": "command"}
+        raise Refused(f"The Docker engine refuses: {self.reason}", self.code, self.reason)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (404, "No such exec instance: command"),
+        (409, "container c is not running"),
+        (500, "Container c is not running: Exited (0) Less than a second ago"),  # it has not noticed all of it yet
+    ],
+)
+async def test_a_container_that_ends_just_before_it_is_hit_is_gone_like_any_other(code, reason):
+    engine = Late()
+    engine.code, engine.reason = code, reason
+    await Inside("task", 1, False, engine, "c", 7).kill()
+    engine.close()
+
+
+async def test_an_engine_that_refuses_for_another_reason_is_heard():
+    engine = Late()
+    engine.code, engine.reason = 500, "no space left on device"
+    with pytest.raises(Refused, match="no space left"):
+        await Inside("task", 1, False, engine, "c", 7).kill()
+    engine.close()

@@ -10,8 +10,6 @@ import hashlib
 import random
 import sys
 
-import numpy as np
-
 from flame.sdk.config import Config
 
 
@@ -26,6 +24,8 @@ def seed_of(config: Config, order: str, round: int) -> int:
 
 def seed_all(seed: int) -> None:
     """Seed the process's generators: of Python, of numpy, and of PyTorch where it is loaded."""
+    import numpy as np  # not before: whoever only opens channels need not load it
+
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
     torch = sys.modules.get("torch")
