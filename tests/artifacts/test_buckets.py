@@ -53,15 +53,15 @@ async def test_a_gigabyte_goes_in_and_out_with_memory_flat(s3: Any, tmp_path: Pa
         asyncio.run(main())
     """
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", textwrap.dedent(program), f"s3://{s3.bucket}/large", stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", textwrap.dedent(program), f"s3://{s3.bucket}/gigabyte", stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     assert process.returncode == 0
     said = json.loads(out)
-    assert said["size"] == 1 << 30 == s3.objects()["large/a/large"]
+    assert said["size"] == 1 << 30 == s3.objects()["gigabyte/a/large"]
     # What is on its way at once is five parts of 16 MiB, and the next in the making.
     assert said["peak"] - said["idle"] < 160, said
-    (s3.folder / s3.bucket / "large/a/large").unlink()
+    (s3.folder / s3.bucket / "gigabyte/a/large").unlink()
 
 
 async def test_a_process_may_end_right_behind_its_last_answer(s3: Any) -> None:

@@ -12,6 +12,7 @@ import runkit
 from peerkit import InThread, Job, Line, close, federated, said
 
 from flame.errors import RoundFailed, SpecError
+from flame.sdk.mode.distributed.carrier import Torn
 from flame.sdk.mode.swarm.trainer import Trainer
 
 CHANNEL = {**peerkit.RING, "name": "swarm", "funcTags": {"trainer": ["elect", "handover"]}}
@@ -135,6 +136,84 @@ def test_the_next_in_order_aggregates_when_the_one_whose_turn_it_is_dies(job, pl
         assert all(close(role.after[4], federated(rest, 2, expected)[2]) for role in left)
     assert all(np.array_equal(role.model["w"], left[0].model["w"]) for role in left)
     assert len(said("model", left)) == 1
+
+
+class Shaken(Member):
+    """In the third round the connections to all others break, and are there again, while this member aggregates."""
+
+    shaken = False
+
+    def _aggregate(self, plan):
+        if plan.round == 3 and not self.shaken:
+            self.shaken = True
+            channel = self._table.channel
+            for end in channel.all_ends():
+                channel._inbox.on_join(channel.member(end))
+        super()._aggregate(plan)
+
+
+def test_a_deterministic_round_is_begun_anew_when_an_update_may_be_lost_with_its_connection(job):
+    peers = members(job, [1, 2, 3], Shaken, rounds=5, policy={"deterministic": True})
+    job.run()
+    expected = federated([1, 2, 3], 5, start_of(peers))
+    assert sum(peer.shaken for peer in peers) == 1
+    for peer in peers:
+        assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
+
+
+class Torn4(Member):
+    """In the fourth round the last member tears the plan; the first one, whom the second one listens to, hears it from that one."""
+
+    tore = False
+
+    def _combine(self, plan):
+        first, _, last = plan.ring
+        table = self._table
+        if plan.round == 4 and not any(each.tore for each in self.others):
+            if table.me.end == last:
+                self.tore = True
+                raise Torn
+            if table.me.end == first:
+                table.until(lambda: plan.id in table._torn or None, 30, lambda: "the plan to be torn")
+        super()._combine(plan)
+
+
+def test_whoever_aggregates_hears_of_a_torn_plan_from_each_one_alone(job):
+    peers = members(job, [1, 2, 3], Torn4, rounds=5, policy={"deterministic": True})
+    Torn4.others = peers
+    job.run()
+    expected = federated([1, 2, 3], 5, start_of(peers))
+    assert sum(peer.tore for peer in peers) == 1
+    for peer in peers:
+        assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
+
+
+class Unheard(Member):
+    """In the third round what this member says of itself is lost with the connection to the speaker, which is there again."""
+
+    lost = False
+
+    def _close_round(self, tag):
+        table = self._table
+        speaker = table.order()[0]
+        if self._round == 3 and speaker != table.me.end:
+            channel, told = table.channel, table.channel.send
+
+            def lose(end, *arguments, **more):
+                self.lost, channel.send = True, told
+                channel._inbox.on_join(channel.member(speaker))
+
+            channel.send = lose
+        super()._close_round(tag)
+
+
+def test_what_a_member_says_of_itself_is_said_again_when_it_was_lost_with_its_connection(job):
+    peers = members(job, [1, 2, 3], Unheard, rounds=5, policy={"deterministic": True})
+    job.run()
+    expected = federated([1, 2, 3], 5, start_of(peers))
+    assert sum(peer.lost for peer in peers) == 2
+    for peer in peers:
+        assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
 
 
 def test_too_few_members_end_the_work_of_all_in_words(job):

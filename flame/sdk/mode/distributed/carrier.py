@@ -41,21 +41,26 @@ class Carrier(Post):
     _visits: Mapping[str, int] = {}  # by then: what was on its way to, or from, one who has come anew since may be lost
 
     def tear(self, plan: Plan) -> None:
-        """Tell all who are in a plan that it cannot be carried out."""
-        if plan.id not in self._torn:
-            self._torn.add(plan.id)
+        """Tell all who are in a plan that it cannot be carried out: also when another one has said so, as some listen to this one only."""
+        self._torn.add(plan.id)
+        if plan.id not in self._torn_by_me:
+            self._torn_by_me.add(plan.id)
             others = [end for end in plan.members if end != self.me.end]
             self.channel.broadcast({}, others, SHORT_WAIT, kind=TORN, metadata={"plan": plan.id})
 
     def check(self, source: str) -> None:
         """Look whether what is awaited from another member can still come.
 
-        :raises Torn: that one has left, or somebody has torn the plan.
+        :raises Torn: that one has left, also if it is back by now; or somebody has torn the plan.
         """
         plan = self.plan
         assert plan is not None
-        if plan.id in self._torn or not self.channel.has(source):
+        if plan.id in self._torn or not self.channel.has(source) or self._came_anew(source):
             raise Torn
+
+    def _came_anew(self, source: str) -> bool:
+        """Whether a member has come since the plan was made: what it had sent by then may be lost with its connection."""
+        return self.channel.visits().get(source) != self._visits.get(source)
 
     def send_segment(self, end: str, message: Mapping[Any, Any], metadata: Mapping[str, Any]) -> None:
         """Give a piece to the next member of the ring.

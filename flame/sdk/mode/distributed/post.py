@@ -53,6 +53,7 @@ class Post:
         self._stands: dict[str, tuple[int, Stand]] = {}  # with the attempt of the worker that said so
         self._plans: deque[tuple[str, Plan]] = deque()
         self._torn: set[str] = set()
+        self._torn_by_me: set[str] = set()
         self._segments: dict[str, deque[Message]] = {}
         self._models: dict[str, Message] = {}
         self._invited: set[tuple[str, str]] = set()  # plan, end
@@ -77,6 +78,7 @@ class Post:
     def _forget(self, plan: Plan) -> None:
         """Drop what was said about other plans than this one."""
         self._torn &= {plan.id}
+        self._torn_by_me &= {plan.id}
         self._invited = {pair for pair in self._invited if pair[0] == plan.id}
         self._segments = {key: kept for key, kept in self._segments.items() if key == plan.id}
         self._models = {key: kept for key, kept in self._models.items() if key == plan.id}
@@ -103,7 +105,7 @@ class Post:
         told = False
         try:
             while True:
-                members = channel.all_ends()
+                members = channel.all_ends(), channel.visits()
                 # First what was said, then who is there: who has left may have said something last.
                 self._hear()
                 found = came()
@@ -120,7 +122,9 @@ class Post:
                     self._link.waiting(f"Waiting for {whom()} on channel {channel.name()}.")
                 pause = left if told else SHORT_WAIT - spent if left is None else min(left, SHORT_WAIT - spent)
                 channel.wait_until(
-                    lambda: self._link.done or bool(channel.heard()) or channel.all_ends() != members,  # noqa: B023
+                    lambda: (
+                        self._link.done or bool(channel.heard()) or (channel.all_ends(), channel.visits()) != members  # noqa: B023
+                    ),
                     pause,
                 )
         finally:

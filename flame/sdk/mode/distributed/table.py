@@ -154,7 +154,11 @@ class Table(Carrier):
         return plan
 
     def _listen(self, speaker: str, mine: Stand) -> Plan | None:
-        """Tell the speaker where this member stands, and wait for its plan; None when somebody else is the speaker now."""
+        """Tell the speaker where this member stands, and wait for its plan; None when it has to be told anew, or somebody else.
+
+        A speaker that has come anew since, if only because its connection broke, may not have heard it, or its plan was lost.
+        """
+        visit = self.channel.visits().get(speaker)
         try:
             self.channel.send(speaker, {}, kind=STAND, metadata={"stand": list(mine)}, timeout=self._left(self.began))
         except EndLeft:
@@ -167,7 +171,8 @@ class Table(Carrier):
                 if sender == speaker and plan.tickets.get(self.me.end) == mine.ticket:
                     return plan
                 self.tear(plan)
-            return False if self.order()[0] != speaker or self._farewells else None
+            anew = self.channel.visits().get(speaker) != visit
+            return False if anew or self.order()[0] != speaker or self._farewells else None
 
         limit = self.limit
         patience = None if limit is None else limit + self._policy.join_deadline + SHORT_WAIT

@@ -102,7 +102,10 @@ class Trainer(Member):
                 self.link.warning(f"Round {plan.round}: {error.message}")
             del update  # its memory is free before the next one is received
         least = self.config.policy.min_trainers
+        missing = len(plan.ring) - folded - refused
         if folded < least and not refused:
+            raise Torn
+        if self._strict and missing and self._table.limit is None:  # who has left comes again
             raise Torn
         if folded < least:
             raise RoundFailed(f"Round {plan.round} has {folded} of at least {least} updates (policy.minTrainers).")
