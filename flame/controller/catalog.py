@@ -202,8 +202,11 @@ class Catalog:
         """Register a dataset. The same one registered again is the same; it keeps its id.
 
         :raises flame.errors.Conflict: it names an id that another dataset has.
+        :raises flame.errors.SpecError: something about it cannot be right.
         """
         check_dataset(dataset)
+        if dataset.id in (".", ".."):
+            raise SpecError(f"a dataset cannot have the id {dataset.id!r}: no address could name it.", "id")
         if dataset.id is None:
             return await self._register(dataset, project, owner)
         saved = await self._context.datasets.get(dataset.id)

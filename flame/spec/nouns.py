@@ -150,7 +150,7 @@ class Dataset(Form, frozen=True, kw_only=True):
     :ivar sha256: what the file must have, in hex, where it is downloaded or read; empty for anything.
     """
 
-    id: str | None = None
+    id: Annotated[str, Meta(min_length=1)] | None = None
     name: Name
     description: str = ""
     url: str

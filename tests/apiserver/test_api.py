@@ -223,6 +223,9 @@ async def test_datasets_are_found_again_by_their_content(served: Any) -> None:
     assert (await datasets.create(Dataset(name="a", url="file:///a"))).id not in (one.id, "my-own")
     with pytest.raises(SpecError, match="must not be empty"):
         await datasets.create(Dataset(name="a", url=" "))
+    for name in ("", ".", ".."):  # none of them could be read again
+        status, _ = await served.call("POST", "/v1/datasets", json={"id": name, "name": "c", "url": "file:///c"})
+        assert status == 422
     await datasets.delete("my-own")
     assert len(await datasets.list()) == 2
 
