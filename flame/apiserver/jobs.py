@@ -25,13 +25,13 @@ class JobQuery(PageQuery, frozen=True, kw_only=True):
 class RestartQuery(Query, frozen=True, kw_only=True):
     """Behind which round to begin; without ``fromRound``, behind the last that was kept."""
 
-    from_round: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    from_round: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] | None = None
 
 
 class EventsQuery(Query, frozen=True, kw_only=True):
     """Events behind the number ``after``; with ``follow`` also those to come, until the job has ended."""
 
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+    after: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
     follow: bool = False
 
 

@@ -38,7 +38,7 @@ class SeatForm(Form, frozen=True, kw_only=True):
 class StatesQuery(Query, frozen=True, kw_only=True):
     """Events behind the number ``after``."""
 
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+    after: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
 
 
 async def invite(call: Call[InviteForm, NoQuery]) -> Invite:

@@ -28,7 +28,7 @@ class AttemptQuery(Query, frozen=True, kw_only=True):
 class OrdersQuery(AttemptQuery, frozen=True, kw_only=True):
     """Events behind the number ``after``."""
 
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+    after: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
 
 
 class AppendQuery(AttemptQuery, frozen=True, kw_only=True):
