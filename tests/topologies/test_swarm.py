@@ -1,6 +1,7 @@
 """Swarm learning: whoever aggregates, the model is the same; and the role moves on, also when its bearer dies."""
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,36 @@ class Torn4(Member):
 def test_whoever_aggregates_hears_of_a_torn_plan_from_each_one_alone(job):
     peers = members(job, [1, 2, 3], Torn4, rounds=5, policy={"deterministic": True})
     Torn4.others = peers
+    job.run()
+    expected = federated([1, 2, 3], 5, start_of(peers))
+    assert sum(peer.tore for peer in peers) == 1
+    for peer in peers:
+        assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
+
+
+class TornAtOnce(Torn4):
+    """As before, and the one who aggregates hears all of that before it begins."""
+
+    def _combine(self, plan):
+        first, second, _ = plan.ring
+        if plan.round == 4 and not self.told.is_set():
+            if self._table.me.end == first:
+                tear = self._table.tear
+
+                def tell(torn):
+                    tear(torn)
+                    self.told.set()
+
+                self._table.tear = tell
+            elif self._table.me.end == second:
+                assert self.told.wait(30)
+                self._table._hear()
+        super()._combine(plan)
+
+
+def test_whoever_aggregates_does_not_wait_in_a_plan_that_it_knows_to_be_torn(job):
+    peers = members(job, [1, 2, 3], TornAtOnce, rounds=5, policy={"deterministic": True})
+    TornAtOnce.others, TornAtOnce.told = peers, threading.Event()
     job.run()
     expected = federated([1, 2, 3], 5, start_of(peers))
     assert sum(peer.tore for peer in peers) == 1

@@ -203,6 +203,8 @@ class Carrier(Post):
         """
         plan = self.plan
         assert plan is not None
+        if plan.id in self._torn:  # also when that was heard together with the plan: nobody says it twice
+            raise Torn
         try:
             ((message, (end, _)),) = self.channel.recv_fifo(ends, 1, self._left(self._since), visits=self._visits)
         except DeadlineExceeded:
@@ -212,6 +214,4 @@ class Carrier(Post):
         if message.kind == UPDATE and message.metadata.get("plan") == plan.id:
             return News.UPDATE, end, message
         self._note(end, message)
-        if plan.id in self._torn:
-            raise Torn
         return News.OTHER, end, None
