@@ -327,26 +327,46 @@ def test_who_joins_later_gets_the_model_and_takes_part_from_the_next_round_on(jo
 @pytest.mark.parametrize("slow", [1, 2, 3])
 def test_a_member_that_is_too_slow_is_left_behind_and_takes_part_again(job, slow):
     """Whoever it is: the one who speaks for all, too."""
-    gate = threading.Event()
+    on, back = threading.Event(), threading.Event()
 
     class Slow(Member):
         def hold(self, round):
             if self.number == slow and round == 2:
-                assert gate.wait(30)
+                assert on.wait(30)
+            elif round == 4:  # else they would be at the end before it is back
+                assert back.wait(30)
 
         def evaluate(self):
             super().evaluate()
-            if self.number != slow and self._round == 2:
-                gate.set()
+            if self._round >= 2:
+                (back if self.number == slow else on).set()
 
     policy = {"roundDeadline": 1.0, "joinDeadline": 1.0}
-    peers = members(job, [1, 2, 3], cls=Slow, rounds=5, policy=policy)
+    peers = members(job, [1, 2, 3], cls=Slow, rounds=6, policy=policy)
     job.run()
     others = [peer for peer in peers if peer.number != slow]
     assert all(np.array_equal(peer.model["w"], others[0].model["w"]) for peer in peers)
-    assert all(set(peer.after) == {1, 2, 3, 4, 5} for peer in others)
+    assert all(set(peer.after) == {1, 2, 3, 4, 5, 6} for peer in others)
     assert close(others[0].after[2], federated([peer.number for peer in others], 1, others[0].after[1])[1])
-    assert close(others[0].after[5], federated([1, 2, 3], 1, others[0].after[4])[1])
+    assert close(others[0].after[6], federated([1, 2, 3], 1, others[0].after[5])[1])
+
+
+@pytest.mark.parametrize("slow", [1, 2, 3])
+def test_a_member_that_comes_with_its_update_when_the_others_have_ended_leaves(job, slow):
+    kept = threading.Event()
+
+    class Slow(Member):
+        def hold(self, round):
+            if self.number == slow and round == 2:
+                assert kept.wait(30)
+
+        def save_model(self):
+            super().save_model()
+            kept.set()
+
+    peers = members(job, [1, 2, 3], cls=Slow, rounds=3, policy={"roundDeadline": 0.5, "joinDeadline": 0.5})
+    job.run()
+    assert [set(peer.after) for peer in peers] == [{1} if peer.number == slow else {1, 2, 3} for peer in peers]
 
 
 def test_an_update_with_values_that_are_not_finite_is_left_out(job):

@@ -129,7 +129,6 @@ class Member(Peer):
         plan = self._table.agree(self._done, trained)
         me = self._table.me.end
         if me not in plan.members and plan.giver != me:
-            self._work_done = self._work_done or plan.id == "farewell"
             return
         try:
             if plan.round == 0 and plan.giver == me:

@@ -30,7 +30,7 @@ from flame.sdk.link import Link
 from flame.sdk.mode.distributed.agreement import Plan, Stand, decide
 from flame.sdk.mode.distributed.carrier import Carrier
 from flame.sdk.mode.distributed.post import FAREWELL, PLAN, STAND
-from flame.sdk.mode.role import SHORT_WAIT
+from flame.sdk.mode.role import SHORT_WAIT, WorkIsDone
 from flame.spec.nouns import RoundPolicy
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,13 @@ class Table(Carrier):
 
         :param done: the round whose model this member has.
         :param trained: whether it has trained it.
+        :raises WorkIsDone: the others have ended the work, without this one if it was left behind.
         """
         self.plan = None
         while True:
             self._hear()
             if self._farewells:
-                return Plan(id="farewell", round=done)
+                raise WorkIsDone
             speaker = self.order()[0]
             stand = Stand(done, trained, next(self._tickets))
             plan = self._speak(stand) if speaker == self.me.end else self._listen(speaker, stand)
