@@ -14,6 +14,7 @@ from peerkit import InThread, Job, Line, close, federated, said
 
 from flame.errors import RoundFailed, SpecError
 from flame.sdk.mode.distributed.carrier import Torn
+from flame.sdk.mode.distributed.post import INVITE, MODEL, TORN
 from flame.sdk.mode.swarm.trainer import Trainer
 
 CHANNEL = {**peerkit.RING, "name": "swarm", "funcTags": {"trainer": ["elect", "handover"]}}
@@ -153,13 +154,19 @@ class Shaken(Member):
         super()._aggregate(plan)
 
 
-def test_a_deterministic_round_is_begun_anew_when_an_update_may_be_lost_with_its_connection(job):
-    peers = members(job, [1, 2, 3], Shaken, rounds=5, policy={"deterministic": True})
+def undisturbed(job, cls):
+    """Three members whose round is disturbed come to the models of those whose is not."""
+    peers = members(job, [1, 2, 3], cls, rounds=5, policy={"deterministic": True})
+    cls.others = peers
     job.run()
     expected = federated([1, 2, 3], 5, start_of(peers))
-    assert sum(peer.shaken for peer in peers) == 1
     for peer in peers:
         assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
+    return peers
+
+
+def test_a_deterministic_round_is_begun_anew_when_an_update_may_be_lost_with_its_connection(job):
+    assert sum(peer.shaken for peer in undisturbed(job, Shaken)) == 1
 
 
 class Torn4(Member):
@@ -180,13 +187,7 @@ class Torn4(Member):
 
 
 def test_whoever_aggregates_hears_of_a_torn_plan_from_each_one_alone(job):
-    peers = members(job, [1, 2, 3], Torn4, rounds=5, policy={"deterministic": True})
-    Torn4.others = peers
-    job.run()
-    expected = federated([1, 2, 3], 5, start_of(peers))
-    assert sum(peer.tore for peer in peers) == 1
-    for peer in peers:
-        assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
+    assert sum(peer.tore for peer in undisturbed(job, Torn4)) == 1
 
 
 class TornAtOnce(Torn4):
@@ -210,13 +211,8 @@ class TornAtOnce(Torn4):
 
 
 def test_whoever_aggregates_does_not_wait_in_a_plan_that_it_knows_to_be_torn(job):
-    peers = members(job, [1, 2, 3], TornAtOnce, rounds=5, policy={"deterministic": True})
-    TornAtOnce.others, TornAtOnce.told = peers, threading.Event()
-    job.run()
-    expected = federated([1, 2, 3], 5, start_of(peers))
-    assert sum(peer.tore for peer in peers) == 1
-    for peer in peers:
-        assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
+    TornAtOnce.told = threading.Event()
+    assert sum(peer.tore for peer in undisturbed(job, TornAtOnce)) == 1
 
 
 class Unheard(Member):
@@ -239,12 +235,39 @@ class Unheard(Member):
 
 
 def test_what_a_member_says_of_itself_is_said_again_when_it_was_lost_with_its_connection(job):
-    peers = members(job, [1, 2, 3], Unheard, rounds=5, policy={"deterministic": True})
-    job.run()
-    expected = federated([1, 2, 3], 5, start_of(peers))
-    assert sum(peer.lost for peer in peers) == 2
-    for peer in peers:
-        assert all(close(peer.after[number], expected[number]) for number in range(1, 6))
+    assert sum(peer.lost for peer in undisturbed(job, Unheard)) == 2
+
+
+class Unreached(Member):
+    """In the fourth round the first word of some kind reaches nobody: those whom it is for have not come yet, for the one who says it."""
+
+    kind = ""
+    missed = False
+
+    def _combine(self, plan):
+        channel, broadcast = self._table.channel, self._table.channel.broadcast
+        last = self._table.me.end == plan.ring[-1]
+
+        def miss(message, ends=None, timeout=None, *, kind="", metadata=None):
+            if kind != self.kind or any(each.missed for each in self.others):
+                return broadcast(message, ends, timeout, kind=kind, metadata=metadata)
+            self.missed, channel.broadcast = True, broadcast
+            return dict.fromkeys(ends, "is not there")
+
+        if plan.round == 4:
+            channel.broadcast = miss
+            if self.kind == TORN and last and not self.missed:
+                raise Torn
+        super()._combine(plan)
+
+
+@pytest.mark.parametrize("kind", [TORN, MODEL, INVITE])
+def test_whom_a_word_does_not_reach_hears_later_that_nothing_comes_of_the_plan(job, kind):
+    class Missed(Unreached):
+        pass
+
+    Missed.kind = kind
+    assert sum(peer.missed for peer in undisturbed(job, Missed)) == 1
 
 
 def test_too_few_members_end_the_work_of_all_in_words(job):

@@ -13,7 +13,7 @@ from typing import Any
 from flame.errors import DeadlineExceeded, EndLeft
 from flame.sdk.codec import Message
 from flame.sdk.mode.distributed.agreement import Plan
-from flame.sdk.mode.distributed.post import INVITE, MODEL, SEGMENT, TORN, UPDATE, Post
+from flame.sdk.mode.distributed.post import INVITE, MODEL, SEGMENT, UPDATE, Post
 from flame.sdk.mode.role import SHORT_WAIT
 
 
@@ -46,7 +46,7 @@ class Carrier(Post):
         if plan.id not in self._torn_by_me:
             self._torn_by_me.add(plan.id)
             others = [end for end in plan.members if end != self.me.end]
-            self.channel.broadcast({}, others, SHORT_WAIT, kind=TORN, metadata={"plan": plan.id})
+            self._say_torn(plan.id, others)
 
     def check(self, source: str) -> None:
         """Look whether what is awaited from another member can still come.
@@ -98,8 +98,11 @@ class Carrier(Post):
     def give(self, message: Mapping[Any, Any], ends: Collection[str]) -> None:
         """Give the model of the plan's round to some members of the plan; one that it does not reach will come to the table."""
         if ends:
-            assert self.plan is not None
-            self.channel.broadcast(message, ends, self._left(self._since), kind=MODEL, metadata={"plan": self.plan.id})
+            plan = self.plan
+            assert plan is not None
+            left = self._left(self._since)
+            failed = self.channel.broadcast(message, ends, left, kind=MODEL, metadata={"plan": plan.id})
+            self._untold.update(dict.fromkeys(failed, plan.id))
 
     def take_model(self, source: str) -> Message:
         """The model that another member of the plan gives.
@@ -118,26 +121,34 @@ class Carrier(Post):
         assert message is not None
         return message
 
-    def invite(self, ends: Collection[str]) -> None:
-        """Ask members of the plan for their updates. They come one by one: see :meth:`updates`."""
+    def invite(self, ends: Sequence[str]) -> list[str]:
+        """Ask members of the plan for their updates. They come one by one: see :meth:`updates`.
+
+        :returns: those of them who have been asked; the others are not there.
+        """
         assert self.plan is not None
-        self.channel.broadcast({}, ends, self._left(self._since), kind=INVITE, metadata={"plan": self.plan.id})
+        left = self._left(self._since)
+        failed = self.channel.broadcast({}, ends, left, kind=INVITE, metadata={"plan": self.plan.id})
+        return [end for end in ends if end not in failed]
 
     def answer(self, source: str, message: Mapping[Any, Any]) -> None:
-        """Give an update to the member that asks for it, once it has.
+        """Give an update to the member that asks for it, once it has; not when its model is here already, made without this one.
 
-        :raises Torn: it will not.
+        :raises Torn: it will not ask.
         """
         plan = self.plan
         assert plan is not None
 
         def came() -> bool | None:
+            if plan.id in self._models:
+                return False
             if (plan.id, source) in self._invited:
                 return True
             self.check(source)
             return None
 
-        self.until(came, None, lambda: f"{source} to ask for the update")
+        if not self.until(came, None, lambda: f"{source} to ask for the update"):
+            return
         try:
             self.channel.send(source, message, self._left(self._since), kind=UPDATE, metadata={"plan": plan.id})
         except EndLeft as error:
@@ -172,8 +183,7 @@ class Carrier(Post):
         """
         plan = self.plan
         assert plan is not None
-        self.invite(ends)
-        pending, owed = list(ends), set(ends)
+        pending, owed = self.invite(ends), set(ends)
         sent = []
         with ThreadPoolExecutor(1, "flame-exchange") as sender:
             while pending:

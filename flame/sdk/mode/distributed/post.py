@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar, cast
 
 import msgspec
@@ -54,6 +54,7 @@ class Post:
         self._plans: deque[tuple[str, Plan]] = deque()
         self._torn: set[str] = set()
         self._torn_by_me: set[str] = set()
+        self._untold: dict[str, str] = {}  # by end, a plan that it may still wait in, though nothing comes of it
         self._segments: dict[str, deque[Message]] = {}
         self._models: dict[str, Message] = {}
         self._invited: set[tuple[str, str]] = set()  # plan, end
@@ -93,6 +94,14 @@ class Post:
             if end in self._stands and self._stands[end][1].ticket <= ticket:
                 del self._stands[end]
 
+    def _say_torn(self, plan: str, ends: Collection[str]) -> None:
+        """Tell members that a plan cannot be carried out; those who are not there, when they are.
+
+        A member may have come for another one and not yet for this one: it follows the plan and waits for what this one cannot send.
+        """
+        failed = self.channel.broadcast({}, ends, SHORT_WAIT, kind=TORN, metadata={"plan": plan})
+        self._untold.update(dict.fromkeys(failed, plan))
+
     def until(self, came: Callable[[], T | None], timeout: float | None, whom: Callable[[], str]) -> T | None:
         """Take in what arrives until ``came()`` gives something.
 
@@ -108,6 +117,8 @@ class Post:
                 members = channel.all_ends(), channel.visits()
                 # First what was said, then who is there: who has left may have said something last.
                 self._hear()
+                for end in [end for end in self._untold if channel.has(end)]:
+                    self._say_torn(self._untold.pop(end), [end])
                 found = came()
                 if found is not None:
                     return found

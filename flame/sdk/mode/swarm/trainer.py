@@ -88,11 +88,11 @@ class Trainer(Member):
         assert self._update is not None
         others = [end for end in plan.ring if end != self._table.me.end]
         self._optimizer.begin(self._common, plan.round)
-        self._table.invite(others)
+        asked = self._table.invite(others)
         weights, count = self._update
         own = Update(end=self._table.me.end, weights=weights, count=count, version=plan.round, extra=self._own_extra)
         folded, refused = 0, 0
-        for update in self._updates(plan, own, others):
+        for update in self._updates(plan, own, asked):
             try:
                 if update.count > 0:
                     self._optimizer.fold(update)
@@ -113,9 +113,9 @@ class Trainer(Member):
         self._extra = {name: np.array(array) for name, array in self._optimizer.extra().items()}
         self._take_up(mean)
 
-    def _updates(self, plan: Plan, own: Update, others: list[str]) -> Iterator[Update]:
+    def _updates(self, plan: Plan, own: Update, asked: list[str]) -> Iterator[Update]:
         yield own
-        for message in self._table.updates(others, in_order=self.config.policy.deterministic):
+        for message in self._table.updates(asked, in_order=self.config.policy.deterministic):
             yield Update(
                 end=message.sender,
                 weights=as_arrays(message[MessageType.WEIGHTS]),
