@@ -19,6 +19,7 @@ from mutants import mutant
 
 from flame.sdk.backends.mqtt_wire import TAG_BYTES, Seal
 
+ECHO = "flame/echo"
 ROUNDS = int(os.environ.get("FLAME_FUZZ_ROUNDS", "40"))
 
 
@@ -29,10 +30,11 @@ class Spy:
         import paho.mqtt.client as paho
 
         self.heard: list[tuple[str, bytes]] = []
+        self._echo = threading.Event()
         subscribed = threading.Event()
         self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
         self.client.on_subscribe = lambda *_: subscribed.set()
-        self.client.on_message = lambda _client, _data, said: self.heard.append((said.topic, said.payload))
+        self.client.on_message = lambda _client, _data, said: self._hear(said.topic, said.payload)
         self.client.connect("127.0.0.1", broker.port)
         self.client.loop_start()
         self.client.subscribe("flame/#")
@@ -40,6 +42,18 @@ class Spy:
 
     def say(self, topic: str, payload: bytes) -> None:
         self.last = self.client.publish(topic, payload, 1)
+
+    def _hear(self, topic: str, payload: bytes) -> None:
+        if topic == ECHO:
+            self._echo.set()
+        else:
+            self.heard.append((topic, payload))
+
+    def captured(self) -> list[tuple[str, bytes]]:
+        """All that the broker was told until now: it repeats things in the order in which it heard them."""
+        self.say(ECHO, b"")
+        assert self._echo.wait(20)
+        return [(topic, payload) for topic, payload in self.heard if payload]
 
     def flush(self) -> None:
         self.last.wait_for_publish(20)
@@ -65,7 +79,7 @@ def test_who_may_publish_and_has_no_key_changes_nothing(workers: Workers, spy: S
     send(sender, ["two"], os.urandom(200_000))  # goes in chunks, with offers and answers
     heard.take()
     heard.take()
-    captured = [(topic, payload) for topic, payload in spy.heard if payload]
+    captured = spy.captured()
     topics, payloads = sorted({topic for topic, _ in captured}), [payload for _, payload in captured]
     chance = random.Random(3)
     for number in range(ROUNDS):
@@ -94,7 +108,7 @@ def test_a_worker_that_goes_mad_does_not_take_the_others_down(
     send(sender, ["two"], os.urandom(200_000))
     heard.take()
     heard.take()
-    captured = [(topic, payload) for topic, payload in spy.heard if payload]
+    captured = spy.captured()
     topics, payloads = sorted({topic for topic, _ in captured}), [payload[TAG_BYTES:] for _, payload in captured]
     chance, seal = random.Random(5), Seal(KEY)
     before = threading.active_count()

@@ -162,13 +162,21 @@ def test_a_rule_that_needs_models_of_one_round_is_refused(tmp_path):
         job.run()
 
 
-class Mortal(AsyncSite):
-    dying = (0,)
+def mortal(*dying_ones):
+    """Sites some of which die in their third training; the others do not end the work before that."""
 
-    def train(self):
-        if self.number in self.dying and len(self.rounds) == 2:
-            raise RuntimeError("killed")
-        super().train()
+    class Mortal(AsyncSite):
+        died = threading.Event()
+
+        def train(self):
+            if len(self.rounds) == 2:
+                if self.number in dying_ones:
+                    self.died.set()
+                    raise RuntimeError("killed")
+                assert self.died.wait(30)
+            super().train()
+
+    return Mortal
 
 
 def ended(job):
@@ -184,7 +192,7 @@ def test_a_trainer_that_leaves_is_not_waited_for(tmp_path, tiers):
     schema, groups = (two_tiers(), {"default": 3}) if tiers == 2 else (three_tiers(), {"eu": 1, "na": 2})
     made = spec(12, FEDBUFF, aggGoal=1)
     job = Tree(
-        tmp_path, schema, groups, CLASSES | {"trainer": Mortal}, modelSpec=made, policy={"joinDeadline": 0.5}
+        tmp_path, schema, groups, CLASSES | {"trainer": mortal(0)}, modelSpec=made, policy={"joinDeadline": 0.5}
     )  # fmt: skip
     ended(job)
     assert [type(error) for error in job.errors.values()] == [RuntimeError]
@@ -193,12 +201,11 @@ def test_a_trainer_that_leaves_is_not_waited_for(tmp_path, tiers):
 
 @pytest.mark.parametrize("tiers", [2, 3])
 def test_without_any_trainer_the_job_fails_in_words(tmp_path, tiers):
-    class All(Mortal):
-        dying = (0, 1, 2)
-
     schema, groups = (two_tiers(), {"default": 3}) if tiers == 2 else (three_tiers(), {"eu": 1, "na": 2})
     made = spec(50, FEDBUFF, aggGoal=2)
-    job = Tree(tmp_path, schema, groups, CLASSES | {"trainer": All}, modelSpec=made, policy={"joinDeadline": 0.5})
+    job = Tree(
+        tmp_path, schema, groups, CLASSES | {"trainer": mortal(0, 1, 2)}, modelSpec=made, policy={"joinDeadline": 0.5}
+    )
     ended(job)
     error = job.errors[job["top"][0]]
     assert isinstance(error, RoundFailed)

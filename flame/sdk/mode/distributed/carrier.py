@@ -14,7 +14,6 @@ from flame.errors import DeadlineExceeded, EndLeft
 from flame.sdk.codec import Message
 from flame.sdk.mode.distributed.agreement import Plan
 from flame.sdk.mode.distributed.post import INVITE, MODEL, SEGMENT, UPDATE, Post
-from flame.sdk.mode.role import SHORT_WAIT
 
 
 class News(Enum):

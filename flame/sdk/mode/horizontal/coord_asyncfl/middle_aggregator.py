@@ -20,6 +20,13 @@ class MiddleAggregator(AsyncMiddleAggregator):
 
     _trainers: frozenset[str] = frozenset()
 
+    def _await_trainers(self) -> None:
+        """Nobody need be waited for: see :meth:`_await_group`."""
+
+    def _join_channels(self) -> None:
+        """See :class:`Role`: all of them, as the coordinator is heard of on one of them."""
+        self.cm.join_all()
+
     def _idle(self, channel: Channel) -> list[str]:
         """See :class:`BufferedAggregator`: of its own trainers."""
         return [end for end in super()._idle(channel) if end in self._trainers]
