@@ -1,7 +1,7 @@
 """How the life of a job is written down and told: from states to the fields of records, to events, and back.
 
 The records and streams are what the world sees and what a restarted server starts from; the
-:class:`~flame.controller.lifecycle.JobLife` is what decides. This module translates between the two, and does nothing.
+:class:`~flame.controller.job_life.JobLife` is what decides. This module translates between the two, and does nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from flame.controller.context import StoredTask
 from flame.controller.events import Action, Clock, Enter, Warn
-from flame.controller.lifecycle import JobLife, TaskLife, missing, quorums
+from flame.controller.job_life import JobLife, TaskLife, missing, quorums
 from flame.controller.moments import mark
 from flame.spec.nouns import RoundPolicy
 from flame.spec.records import Event, Job, JobState, Round, Task, TaskState

@@ -1,7 +1,7 @@
 """The shell around one job's life: it hears what happens, writes what follows, then makes it so.
 
 A supervisor exists for each job that was started and has not ended. It holds the job's records and its
-:class:`~flame.controller.lifecycle.JobLife`. Whatever happens goes through :meth:`Supervisor.handle`, one event
+:class:`~flame.controller.job_life.JobLife`. Whatever happens goes through :meth:`Supervisor.handle`, one event
 at a time: the pure step, the changed records into the store, the news into the job's stream, and then the actions,
 which run beside. If the store fails, nothing has happened: memory is changed only after the store is.
 
@@ -36,6 +36,7 @@ from flame.controller.bookkeeping import (
 )
 from flame.controller.computes import clean
 from flame.controller.context import Context, StoredTask, log
+from flame.controller.job_life import JobLife
 from flame.controller.ledger import Ledger, surely
 from flame.controller.moments import seconds_since
 from flame.controller.placement import Need, need_of, placement_of
@@ -418,7 +419,7 @@ class Supervisor:
 
     # ----------------------------------------------------------------------------------- what follows from it
 
-    async def _commit(self, after: lifecycle.JobLife, actions: Sequence[events.Action]) -> None:
+    async def _commit(self, after: JobLife, actions: Sequence[events.Action]) -> None:
         """Write what has changed, tell it, and act. Called with the lock held."""
         now, before = time.time(), self._life
         states = [action.state for action in actions if isinstance(action, events.Enter)]

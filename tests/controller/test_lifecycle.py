@@ -44,7 +44,8 @@ from flame.controller.events import (
     TimeUp,
     Warn,
 )
-from flame.controller.lifecycle import TRANSITIONS, JobLife, TaskLife, gathered, missing, quorums, settle, step
+from flame.controller.job_life import JobLife, TaskLife, gathered, missing, quorums
+from flame.controller.lifecycle import TRANSITIONS, settle, step
 from flame.errors import Conflict
 from flame.spec.nouns import Restart as RestartPolicy
 from flame.spec.records import Failure, JobState, TaskState
