@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from flame.controller.identity import kept
-from flame.serve import locked
+from flame.process import locked
 from flame.spec.records import Record
 from flame.store import DEFAULT_URL, Store, open_store, take_lock
 from flame.store.base import Kept, KeptDocument, KeptEvents, KeptRecords

@@ -258,7 +258,8 @@ def serve(
     from flame.apiserver.oidc import OidcSettings
     from flame.apiserver.tls import ServerTls
     from flame.client.config import data_dir as default_dir
-    from flame.serve import ServeSettings, run_server
+    from flame.process import run_server
+    from flame.serve import ServeSettings
     from flame.spec.people import UserRole
 
     oidc = None

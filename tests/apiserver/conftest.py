@@ -108,7 +108,9 @@ class Process:
         self.data_dir = data_dir
         self.log = data_dir.parent / "server.log"
         script = (
-            "import sys, json, pathlib; from flame.serve import *\n"
+            "import sys, json, pathlib\n"
+            "from flame.process import run_server\n"
+            "from flame.serve import ServeSettings\n"
             "from flame.errors import FlameError\n"
             "given = {'port': 0, 'data_dir': sys.argv[1], **json.loads(sys.argv[2])}\n"
             "given['data_dir'] = pathlib.Path(given['data_dir'])\n"

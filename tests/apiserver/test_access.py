@@ -19,7 +19,8 @@ from flame.client import Client
 from flame.controller.accounts import PREFIX, Accounts
 from flame.controller.standing import Standing
 from flame.errors import Conflict, NotFound, SpecError, StoreError, TooManyRequests, Unauthorized, UsageError
-from flame.serve import ServeSettings, run_server, serve
+from flame.process import run_server
+from flame.serve import ServeSettings, serve
 from flame.spec.people import LOCAL, TokenForm, UserForm, UserRole
 from flame.store import open_store
 

@@ -17,7 +17,8 @@ from flame.apiserver.limiter import Limiter
 from flame.apiserver.routes import Access
 from flame.controller.keys import Keys
 from flame.errors import Conflict, NotFound, SpecError, StoreError, Unauthorized, UsageError
-from flame.serve import ServeSettings, run_server
+from flame.process import run_server
+from flame.serve import ServeSettings
 from flame.spec.nouns import Dataset
 from flame.spec.records import JobState
 

@@ -194,9 +194,9 @@ async def test_a_private_server_says_where_it_is_and_ends_with_its_last_visitor(
 
 
 async def test_a_private_server_ends_when_nobody_comes(start_process: Callable[..., Any], monkeypatch: Any) -> None:
-    from flame import serve
+    from flame import process as flame_process
 
-    monkeypatch.setattr(serve, "PRIVATE_PATIENCE", 0.05)
+    monkeypatch.setattr(flame_process, "PRIVATE_PATIENCE", 0.05)
     process = start_process(private=True)
     await asyncio.to_thread(process.process.stdout.readline)
     process.kill(signal.SIGTERM)

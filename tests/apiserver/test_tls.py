@@ -194,6 +194,6 @@ def test_a_job_s_authority_is_the_same_after_a_restart_and_another_one_for_anoth
 
 def test_the_library_is_needed_only_to_make_certificates() -> None:
     script = (
-        "import sys; import flame.serve, flame.client, flame.flamelet.agent; assert 'cryptography' not in sys.modules"
+        "import sys; import flame.process, flame.client, flame.flamelet.agent; assert 'cryptography' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
