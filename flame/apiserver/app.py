@@ -128,7 +128,7 @@ class Api:
             await permit(request, principal)
             query = ask(request)
             if isinstance(query, AttemptQuery) and route.access is Access.WORKER:  # nothing of a stranger's is read
-                self.controller.check_key(request.match_info["id"], query.attempt, bearer(request))
+                self.controller.door.check_key(request.match_info["id"], query.attempt, bearer(request))
             body = await read(request) if read is not None else None
             result = await route.handler(Call(self, request, body, query, stay, principal, invite))
             if isinstance(result, web.StreamResponse):

@@ -77,19 +77,19 @@ class Lease(Record, kw_only=True):
 def _enter(call: Call[Any, AttemptQuery]) -> tuple[Supervisor, str, int]:
     """Check the key of the task, or refuse."""
     task, attempt = call.path("id"), call.query.attempt
-    return call.api.controller.enter(task, attempt, bearer(call.request)), task, attempt
+    return call.api.controller.door.enter(task, attempt, bearer(call.request)), task, attempt
 
 
 async def orders(call: Call[None, OrdersQuery]) -> web.StreamResponse:
     """Stream a task's events to its flamelet."""
     supervisor, task, attempt = _enter(call)
-    batches = await call.api.controller.orders(supervisor, task, attempt, call.query.after)
+    batches = await call.api.controller.door.orders(supervisor, task, attempt, call.query.after)
     return await answers.events(call.request, call.stay, batches)
 
 
 async def manifest(call: Call[None, AttemptQuery]) -> Manifest:
     """Give a task's manifest."""
-    return await call.api.controller.manifest(*_enter(call))
+    return await call.api.controller.door.manifest(*_enter(call))
 
 
 async def code(call: Call[None, AttemptQuery]) -> web.Response:

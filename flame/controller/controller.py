@@ -1,14 +1,13 @@
 """The controller: what happens next to every job.
 
 It keeps a :class:`~flame.controller.supervisor.Supervisor` for each job that is under way, admits waiting jobs when
-there is room, hands reports of workers and news of runners to the supervisor they concern, and, when a server starts,
-takes up again what an earlier process has left.
+there is room, hands news of runners to the supervisor they concern, and, when a server starts, takes up again what an
+earlier process has left.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -22,6 +21,7 @@ from flame.controller.catalog import Catalog
 from flame.controller.checkpoints import rounds_of
 from flame.controller.computes import clean
 from flame.controller.context import Context, Options, public
+from flame.controller.door import Door
 from flame.controller.events import Kill, Pause, Restart, Resume, Start, Stop
 from flame.controller.keys import Keys
 from flame.controller.participants import Participants
@@ -31,14 +31,12 @@ from flame.controller.register import Register
 from flame.controller.shelf import Saved
 from flame.controller.submission import Submission
 from flame.controller.supervisor import Supervisor
-from flame.controller.workers import too_late
-from flame.errors import Conflict, NotFound, Unauthorized
+from flame.errors import Conflict, NotFound
 from flame.notifier import Notifier
 from flame.runners.base import Runner, WorkerExit, WorkerInfo
-from flame.spec.nouns import Compute, JobForm, Registry, TaskConfig
+from flame.spec.nouns import Compute, JobForm
 from flame.spec.people import DEFAULT_PROJECT
-from flame.spec.records import ComputeRecord, Event, Job, JobState, Manifest, P2pTls, Round, Task
-from flame.spec.topology import other_end
+from flame.spec.records import ComputeRecord, Event, Job, JobState, Round, Task
 from flame.store import Store
 
 
@@ -74,6 +72,7 @@ class Controller:
         self.participants = Participants(self)
         self._active: dict[str, Supervisor] = {}
         self._of_task: dict[str, Supervisor] = {}
+        self.door = Door(self.context, self._of_task.get)
         self._beginning: set[asyncio.Future[Job]] = set()
         self._waking = asyncio.Lock()
         self._looking = False
@@ -397,73 +396,6 @@ class Controller:
         await supervisor.handle(Kill(id))
         return public(supervisor.task(id))
 
-    # ----------------------------------------------------------------------------------------------- workers
-
-    def check_key(self, task: str, attempt: int, key: str | None) -> None:
-        """Refuse whoever has not the key of this attempt.
-
-        :raises flame.errors.Unauthorized: there is no key, or not the one of this attempt.
-        """
-        if key is None:
-            raise Unauthorized("This is for workers only: it needs the task's key.")
-        if not self.context.keys.opens(key, task, attempt):
-            raise Unauthorized(f"This is not the key of attempt {attempt} of task {task}.")
-
-    def enter(self, task: str, attempt: int, key: str | None) -> Supervisor:
-        """Let a worker in: check its key, renew its lease.
-
-        :raises flame.errors.Unauthorized: there is no key, or not the one of this attempt.
-        :raises flame.errors.Forbidden: the attempt is over.
-        """
-        self.check_key(task, attempt, key)
-        supervisor = self._of_task.get(task)
-        if supervisor is None:
-            raise too_late(task, attempt, "its job has ended")
-        supervisor.worker(task, attempt)
-        self.context.leases.renew((supervisor.id, task, attempt))
-        return supervisor
-
-    async def orders(
-        self, supervisor: Supervisor, task: str, attempt: int, after: int = 0
-    ) -> AsyncGenerator[Sequence[Event], None]:
-        """The events of a task for its flamelet. Following them is being there."""
-        await supervisor.connected(task, attempt)
-        return self.context.notifier.batches(task_stream(task, attempt), after)
-
-    async def manifest(self, supervisor: Supervisor, task: str, attempt: int) -> Manifest:
-        """What a flamelet needs to run a task: the configuration with the server's own choices filled in."""
-        job = supervisor.job
-        assert job.code is not None
-        kept = await self.context.checkpoints.find(job.id, task)
-        return Manifest(
-            config=self._filled(_without_absent(supervisor, supervisor.task(task).config)),
-            code=job.code,
-            job_key=self.context.keys.job(job.id),
-            attempt=attempt,
-            p2p_tls=self._certificate(job, task, attempt) if self.context.options.p2p_tls else None,
-            checkpoints=[one.round for one in kept],
-        )
-
-    def _certificate(self, job: Job, task: str, attempt: int) -> P2pTls:
-        """What a worker shows to the others of its job. The key is made here and kept nowhere."""
-        from flame.certificates import JobAuthority
-
-        authority = JobAuthority(bytes.fromhex(self.context.keys.job(job.id)), job.id, job.created_at)
-        pair = authority.issue(f"{task}.{attempt}")
-        return P2pTls(cert=pair.certificate, key=pair.key, ca=authority.certificate)
-
-    def _filled(self, config: TaskConfig) -> TaskConfig:
-        options = self.context.options
-        named = {broker.sort for broker in config.brokers}
-        brokers = [*config.brokers, *(broker for broker in options.brokers if broker.sort not in named)]
-        registry = config.registry
-        if registry.sort in ("default", options.registry.sort):
-            mine = not registry.uri or registry.uri == options.registry.uri
-            registry = options.registry if mine else Registry(sort=options.registry.sort, uri=registry.uri)
-        elif registry.sort == "local" and not registry.uri:
-            registry = Registry(sort="local", uri=str(options.data_dir / "registry"))
-        return msgspec.structs.replace(config, brokers=brokers, registry=registry)
-
     # ----------------------------------------------------------------------------------------------- the rest
 
     async def _saved(self, id: str) -> Saved[Job]:
@@ -549,22 +481,3 @@ class Controller:
 def _place(supervisor: Supervisor) -> Waiting:
     job = supervisor.job
     return Waiting(job.id, priority(job.form.priority), job.started_at or 0.0, supervisor.needs())
-
-
-def _without_absent(supervisor: Supervisor, config: TaskConfig) -> TaskConfig:
-    """A configuration that says to wait at the start for those alone who are there: participants may come later, or never."""
-    absent = Counter(
-        (task.role, channel, group)
-        for task in supervisor.tasks
-        if supervisor.waits(task.id)
-        for channel, group in task.config.group_association.items()
-    )
-    if not absent:
-        return config
-    peers = {
-        channel.name: config.peers[channel.name]
-        - absent[other_end(channel, config.role), channel.name, config.group_association[channel.name]]
-        for channel in config.channels
-        if channel.name in config.peers
-    }
-    return msgspec.structs.replace(config, peers=peers)

@@ -185,18 +185,18 @@ class Flamelet:
 
     @property
     def supervisor(self) -> Supervisor:
-        return self.bench.controller.enter(self.task, self.attempt, KEYS.task(self.task, self.attempt))
+        return self.bench.controller.door.enter(self.task, self.attempt, KEYS.task(self.task, self.attempt))
 
     async def connect(self) -> list[Event]:
         """Follow the events until there are some."""
-        async for batch in await self.bench.controller.orders(self.supervisor, self.task, self.attempt):
+        async for batch in await self.bench.controller.door.orders(self.supervisor, self.task, self.attempt):
             return list(batch)
         raise AssertionError
 
     async def orders(self, kind: str, count: int = 1) -> list[Event]:
         """Follow the events until there are so many of a kind."""
         found: list[Event] = []
-        async for batch in await self.bench.controller.orders(self.supervisor, self.task, self.attempt):
+        async for batch in await self.bench.controller.door.orders(self.supervisor, self.task, self.attempt):
             found += [event for event in batch if event.type == kind]
             if len(found) >= count:
                 break

@@ -118,7 +118,7 @@ async def test_a_silent_worker_is_lost_with_its_lease(control: Control) -> None:
         async def renew() -> None:
             while True:
                 for task in tasks[:2]:
-                    bench.controller.enter(task.id, 1, bench.controller.context.keys.task(task.id, 1))
+                    bench.controller.door.enter(task.id, 1, bench.controller.context.keys.task(task.id, 1))
                 await asyncio.sleep(0.02)
 
         renewing = asyncio.create_task(renew())
@@ -219,7 +219,7 @@ async def test_reports_that_were_heard_before_count_once(bench: Any) -> None:
 async def test_a_key_opens_one_attempt_of_one_task(bench: Any) -> None:
     job = await bench.job()
     tasks = await bench.run(job.id)
-    keys, enter = bench.controller.context.keys, bench.controller.enter
+    keys, enter = bench.controller.context.keys, bench.controller.door.enter
     for key in (None, "", "ö", keys.task(tasks[0].id, 2), keys.task(tasks[1].id, 1), keys.job(job.id)):
         with pytest.raises(Unauthorized):
             enter(tasks[0].id, 1, key)
@@ -253,7 +253,7 @@ async def test_the_manifest_has_the_servers_own_choices(control: Control) -> Non
     async with control(**choices) as bench:
         job = await bench.job()
         tasks = await bench.deployed(job.id)
-        manifest = await bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
+        manifest = await bench.controller.door.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
         assert manifest.config.registry == Registry(sort="mlflow", uri="http://m")
         assert manifest.config.brokers == [Broker(sort="mqtt", host="b:1883")]
         assert manifest.code == bench.code
@@ -262,12 +262,12 @@ async def test_the_manifest_has_the_servers_own_choices(control: Control) -> Non
             registry=Registry(sort="mlflow", uri="http://mlflow"), brokers=[Broker(sort="mqtt", host="x")]
         )
         tasks = await bench.deployed(own.id)
-        manifest = await bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
+        manifest = await bench.controller.door.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
         assert manifest.config.registry == Registry(sort="mlflow", uri="http://mlflow")
         assert manifest.config.brokers == [Broker(sort="mqtt", host="x")]
         files = await bench.job(registry=Registry(sort="local"))
         tasks = await bench.deployed(files.id)
-        manifest = await bench.controller.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
+        manifest = await bench.controller.door.manifest(bench.flamelet(tasks[0]).supervisor, tasks[0].id, 1)
         assert manifest.config.registry.uri == str(bench.folder / "registry"), "it must outlive the worker's own folder"
 
 
