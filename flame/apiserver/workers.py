@@ -104,7 +104,7 @@ async def code(call: Call[None, AttemptQuery]) -> web.Response:
 async def reports(call: Call[list[Report], AttemptQuery]) -> Acked:
     """Take in what a flamelet reports."""
     supervisor, task, attempt = _enter(call)
-    return Acked(acked=await supervisor.report(task, attempt, call.body))
+    return Acked(acked=await supervisor.hearing.report(task, attempt, call.body))
 
 
 async def log(call: Call[Any, AppendQuery]) -> Size:

@@ -1,6 +1,6 @@
 """Where workers come in: each with the key of its task's attempt, and each is given what it needs to run the task.
 
-What a worker says, once it is in, is for the :class:`~flame.controller.supervisor.Supervisor` of its job.
+What a worker says, once it is in, is for the :class:`~flame.controller.hearing.Hearing` of its job.
 """
 
 from __future__ import annotations

@@ -4,11 +4,6 @@ A supervisor exists for each job that was started and has not ended. It holds th
 :class:`~flame.controller.job_life.JobLife`. Whatever happens goes through :meth:`Supervisor.handle`, one event
 at a time: the pure step, the changed records into the store, the news into the job's stream, and then the actions,
 which run beside. If the store fails, nothing has happened: memory is changed only after the store is.
-
-Metrics and rounds do not pass through the life of the job. They go into the job's stream as they come, a whole batch in
-one append, each with the number of the report it came in; so after a crash of the server the stream itself says what
-was heard already. A growing document is never rewritten: the rounds are gathered in memory, and
-are put into a stream of their own, ``rounds/ID``, when the job ends.
 """
 
 from __future__ import annotations
@@ -19,10 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from flame.controller import events, lifecycle
-from flame.controller import reports as said
 from flame.controller.bookkeeping import (
     Entry,
     History,
@@ -36,6 +28,7 @@ from flame.controller.bookkeeping import (
 )
 from flame.controller.computes import clean
 from flame.controller.context import Context, StoredTask, log
+from flame.controller.hearing import Hearing
 from flame.controller.job_life import JobLife
 from flame.controller.ledger import Ledger, surely
 from flame.controller.moments import seconds_since
@@ -46,7 +39,7 @@ from flame.controller.workers import Crew, Worker, too_late
 from flame.errors import Forbidden
 from flame.runners.base import WorkerExit, WorkerInfo
 from flame.spec.nouns import Placement
-from flame.spec.records import Failure, Job, JobState, Model, Record, Report, TaskState
+from flame.spec.records import Failure, Job, JobState, TaskState
 
 #: Who has run for so long counts as steady: the losses before are forgotten.
 STEADY_SECONDS = 600.0
@@ -80,6 +73,15 @@ class Supervisor:
             self._placement_of,
             happened=self.handle_surely,
             placed=self._placed,
+        )
+        self.hearing = Hearing(
+            context,
+            self._ledger,
+            self._crew,
+            self._rendezvous,
+            self._lock,
+            worker=self.worker,
+            happened=self.handle,
         )
         self._places: dict[str, str] = {}
         self.admitted = job.record.state not in (JobState.READY, JobState.STARTING, JobState.PAUSED)
@@ -301,30 +303,6 @@ class Supervisor:
         """A compute is back, and has these workers of this job."""
         self._crew.found(compute, workers, asked, lambda task: self._life.tasks[task].role)
 
-    async def report(self, task: str, attempt: int, reports: Sequence[Report]) -> int:
-        """Take in what a flamelet reports, in order; what was heard before is passed over.
-
-        :returns: the number of the last report that was heard.
-        :raises flame.errors.SpecError: a report is malformed; nothing of the batch was taken in.
-        """
-        worker = self.worker(task, attempt)
-        async with worker.reporting:
-            fresh = [(report, said.read(report)) for report in reports if report.seq > worker.acked]
-            entries: list[Entry] = []
-            for report, data in fresh:
-                if isinstance(data, said.MetricsData):
-                    entries.append(self._measured(task, attempt, report, data))
-                elif data is not None:
-                    await self._ledger.publish(entries)
-                    entries = []
-                    worker.acked = report.seq - 1
-                    await self._hear(task, attempt, report, data)
-                    worker.acked = report.seq
-            await self._ledger.publish(entries)
-            if fresh:
-                worker.acked = fresh[-1][0].seq
-        return worker.acked
-
     def check_artifact(self, task: str, name: str) -> None:
         """Whether a worker may hand in an artifact of this name.
 
@@ -348,11 +326,6 @@ class Supervisor:
             if name not in known:
                 await self._ledger.save_task(task, handed_in=[*known, name])
 
-    def parted(self, task: str, attempt: int) -> None:
-        """A worker has said how its task ended: it is about to go."""
-        if worker := self._crew.get(task, attempt):
-            worker.parted.set()
-
     def _placement_of(self, role: str) -> Placement:
         return placement_of(self._ledger.job.form, self._schema, role)
 
@@ -363,59 +336,10 @@ class Supervisor:
     def _hold(self, task: str, attempt: int, compute: str) -> None:
         self._context.computes.hold((self.id, task, attempt), compute, self._need(task).load)
 
-    def _taken(self, task: str, attempt: int) -> str | None:
-        """Why its compute takes a worker away that we want; None where it does not."""
-        unwanted = self.worker(task, attempt).unwanted.is_set()
-        return None if unwanted else self._crew.word(task, attempt)
-
     def _cause(self, task: str, attempt: int, message: str) -> Failure:
         tail = self._context.logs.tail(self.id, task, attempt)
         role = self._life.tasks[task].role
         return Failure(message=message, task=task, role=role, attempt=attempt, log=tail)
-
-    def _measured(self, task: str, attempt: int, report: Report, data: said.MetricsData) -> Entry:
-        news = {"round": data.round, "metrics": data.numbers(), "task": task, "attempt": attempt, "report": report.seq}
-        if report.type == "round":
-            return "round", {**news, "seconds": data.seconds, **({"group": data.group} if data.group else {})}
-        return "metrics", {**news, "role": self._life.tasks[task].role}
-
-    async def _hear(self, task: str, attempt: int, report: Report, data: Record) -> None:
-        """A report that changes something."""
-        role = self._life.tasks[task].role
-        match data:
-            case said.StateData(state="running"):
-                self.worker(task, attempt).since = asyncio.get_running_loop().time()
-                await self.handle(events.Running(task, attempt))
-            case said.StateData(state="completed"):
-                await self.handle(events.Completed(task, attempt))
-                self.parted(task, attempt)
-            case said.StateData(state="terminated") if (word := self._taken(task, attempt)) is not None:
-                # The compute takes the worker away, so its flamelet was asked to end. The compute says when nothing is left, and why.
-                log.info("job %s: the worker of %s says farewell: %s", self.id, task, word)
-            case said.StateData(state=state):
-                tail = self._context.logs.tail(self.id, task, attempt)
-                failure = said.failure_of(data, task, role, attempt, tail)
-                kind = events.Failed if state == "failed" else events.Terminated
-                await self.handle(kind(task, attempt, failure))
-                self.parted(task, attempt)
-            case said.JoinData():
-                await self._rendezvous.join(task, role, data.channel, data.group, {**data.member, "attempt": attempt})
-            case said.LeaveData():
-                await self._rendezvous.leave(task, data.channel, data.group)
-            case Model():
-                async with self._lock:
-                    await self._ledger.keep_model(data)
-                    await self._ledger.publish([("model", msgspec.to_builtins(data))])
-                await self.handle(events.Delivered(task, attempt))
-            case said.OwesData():
-                await self.handle(events.Owes(task, attempt))
-            case said.MessageData(message=message) if report.type == "warning":
-                async with self._lock:
-                    await self._ledger.warn(message)
-            case said.MessageData(message=message):
-                async with self._lock:
-                    await self._ledger.save_task(task, reason=message or None)
-                    await self._ledger.publish([task_news(self._ledger.task(task))])
 
     # ----------------------------------------------------------------------------------- what follows from it
 

@@ -205,7 +205,7 @@ class Flamelet:
     async def say(self, kind: str, seq: int | None = None, **data: Any) -> int:
         worker = self.supervisor.worker(self.task, self.attempt)
         report = Report(seq=worker.acked + 1 if seq is None else seq, type=kind, data=data)
-        return await self.supervisor.report(self.task, self.attempt, [report])
+        return await self.supervisor.hearing.report(self.task, self.attempt, [report])
 
     async def complete(self) -> None:
         await self.say("state", state="completed", exitCode=0)
