@@ -97,16 +97,20 @@ async def test_of_what_happens_in_the_job_an_invite_shows_its_states_alone(place
 async def test_an_invite_that_is_taken_back_ends_what_was_open_with_it(place: Any) -> None:
     job = await place.job(system=0, brought=1, start=False)
     invite, other = [await place.client.invites.create(job.id) for _ in range(2)]
-    async with Participant(place.server.url, invite.token) as me, Participant(place.server.url, other.token) as them:
-        async with aclosing(me.states()) as states, aclosing(them.states()) as theirs:
-            for stream in (states, theirs):
-                assert await anext(stream) == (JobState.READY, None)
-            waiting, patient = asyncio.ensure_future(anext(states)), asyncio.ensure_future(anext(theirs))
-            await place.client.invites.revoke(job.id, invite.id)
-            with pytest.raises(Unauthorized, match="taken back"):
-                await asyncio.wait_for(waiting, 10)
-            await place.client.jobs.start(job.id)
-            assert (await asyncio.wait_for(patient, 10))[0] is JobState.STARTING
+    async with (
+        Participant(place.server.url, invite.token) as me,
+        Participant(place.server.url, other.token) as them,
+        aclosing(me.states()) as states,
+        aclosing(them.states()) as theirs,
+    ):
+        for stream in (states, theirs):
+            assert await anext(stream) == (JobState.READY, None)
+        waiting, patient = asyncio.ensure_future(anext(states)), asyncio.ensure_future(anext(theirs))
+        await place.client.invites.revoke(job.id, invite.id)
+        with pytest.raises(Unauthorized, match="taken back"):
+            await asyncio.wait_for(waiting, 10)
+        await place.client.jobs.start(job.id)
+        assert (await asyncio.wait_for(patient, 10))[0] is JobState.STARTING
 
 
 async def test_a_job_must_have_places_to_invite_to(place: Any) -> None:
