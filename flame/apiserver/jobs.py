@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
 
-import msgspec
 from aiohttp import web
 
 from flame.apiserver import answers
 from flame.apiserver.paging import Page, PageQuery, page
-from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Query, Route
+from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Ordinal, Query, Route
 from flame.spec.nouns import JobForm
 from flame.spec.people import UserRole
 from flame.spec.records import CheckpointRecord, Event, Job, JobState, Task
@@ -25,13 +23,13 @@ class JobQuery(PageQuery, frozen=True, kw_only=True):
 class RestartQuery(Query, frozen=True, kw_only=True):
     """Behind which round to begin; without ``fromRound``, behind the last that was kept."""
 
-    from_round: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] | None = None
+    from_round: Ordinal | None = None
 
 
 class EventsQuery(Query, frozen=True, kw_only=True):
     """Events behind the number ``after``; with ``follow`` also those to come, until the job has ended."""
 
-    after: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
+    after: Ordinal = 0
     follow: bool = False
 
 

@@ -10,7 +10,7 @@ from aiohttp import web
 from flame.apiserver import answers
 from flame.apiserver.paging import Page
 from flame.apiserver.permissions import Access
-from flame.apiserver.routes import Call, NoQuery, Query, Route
+from flame.apiserver.routes import Call, NoQuery, Ordinal, Query, Route
 from flame.controller.context import StoredInvite
 from flame.controller.shelf import Saved
 from flame.spec.nouns import Form, Name
@@ -38,7 +38,7 @@ class SeatForm(Form, frozen=True, kw_only=True):
 class StatesQuery(Query, frozen=True, kw_only=True):
     """Events behind the number ``after``."""
 
-    after: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
+    after: Ordinal = 0
 
 
 async def invite(call: Call[InviteForm, NoQuery]) -> Invite:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
     from flame.controller.shelf import Saved
     from flame.controller.standing import Stay
 
-__all__ = ["Access", "Call", "Handler", "NewQuery", "NoQuery", "Query", "Route"]
+__all__ = ["Access", "Call", "Handler", "NewQuery", "NoQuery", "Ordinal", "Query", "Route"]
 
 B = TypeVar("B")
 Q_co = TypeVar("Q_co", bound="Query", covariant=True)
+
+#: The number of an event, of a round, or of a task of a session, as a caller gives it. It goes into a database's query,
+#: and a larger integer than a database has (64 bits) would fail there, so it is refused here. The bound is lower: up to
+#: it a reader of JSON that knows but floats, such as a browser, has every integer exactly, and no count gets that far.
+Ordinal = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 
 
 class Query(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, rename="camel"):

@@ -7,15 +7,15 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from flame.apiserver import answers
 from flame.apiserver.access import bearer
-from flame.apiserver.paging import Page, PageQuery, page
-from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Query, Route
+from flame.apiserver.paging import Limit, Page, PageQuery, page
+from flame.apiserver.routes import Access, Call, NewQuery, NoQuery, Ordinal, Query, Route
 from flame.apiserver.workers import AttemptQuery
 from flame.errors import FlameError, UsageError
 from flame.sessions.link import Link
@@ -36,8 +36,8 @@ class SessionsQuery(PageQuery, frozen=True, kw_only=True):
 class TasksQuery(Query, frozen=True, kw_only=True):
     """Tasks behind the id ``after``, or those of them in one state."""
 
-    after: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
-    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    after: Ordinal = 0
+    limit: Limit = 100
     state: WorkState | None = None
 
 

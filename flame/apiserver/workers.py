@@ -10,7 +10,7 @@ from aiohttp import web
 
 from flame.apiserver import answers
 from flame.apiserver.access import bearer
-from flame.apiserver.routes import Access, Call, Query, Route
+from flame.apiserver.routes import Access, Call, Ordinal, Query, Route
 from flame.controller.supervisor import Supervisor
 from flame.errors import SpecError
 from flame.spec.records import Event, Manifest, Record, Report
@@ -28,7 +28,7 @@ class AttemptQuery(Query, frozen=True, kw_only=True):
 class OrdersQuery(AttemptQuery, frozen=True, kw_only=True):
     """Events behind the number ``after``."""
 
-    after: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
+    after: Ordinal = 0
 
 
 class AppendQuery(AttemptQuery, frozen=True, kw_only=True):
