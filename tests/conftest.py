@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +17,9 @@ from urllib.parse import urlsplit
 import hypothesis
 import psutil
 import pytest
+
+#: Any test may import what lies beside this file.
+sys.path.insert(0, str(Path(__file__).parent))
 
 ENGINES = Path(__file__).parents[2] / "shared" / "engines"
 HOME = Path(os.environ.get("ENGINES_HOME") or Path.home() / ".cache" / "flame-engines")

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from waiting import until
 
 from flame.apiserver.app import ROUTES
 from flame.apiserver.limiter import Limiter
@@ -249,9 +250,7 @@ async def test_a_stream_says_that_it_lives_and_its_end_frees_everything(
         assert response.content_type == "application/x-ndjson"
         assert await response.content.readline() == b"\n"
         assert notifier._streams
-    async with asyncio.timeout(5):
-        while notifier._streams:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: not notifier._streams)
 
 
 async def test_a_stream_that_fails_in_the_middle_is_not_taken_for_a_whole_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ async def test_a_bucket_that_goes_away_in_mid_upload_holds_the_job_up_and_no_mor
         digest = await served.client.code.upload(make_code("print('hello')\n", MODEL))
         job = await served.client.jobs.create(make_form(digest))
         await asyncio.to_thread(s3.kill)
-        await served.client.jobs.start(job.id)  # not even the code can be had
-        await asyncio.sleep(1.0)
+        with socket.create_server(("127.0.0.1", s3.port)) as cut:
+            cut.setblocking(False)
+            await served.client.jobs.start(job.id)
+            async with asyncio.timeout(60):
+                asking, _ = await asyncio.get_running_loop().sock_accept(cut)
+            asking.close()  # not even the code can be had
         await asyncio.to_thread(s3.start)
         async with asyncio.timeout(60):
             ended = await served.client.jobs.wait(job.id)

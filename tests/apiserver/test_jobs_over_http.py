@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 from flame.errors import Conflict, NotFound, SpecError
 from flame.spec.nouns import Channel, JobForm, Role, Schema
@@ -69,9 +70,8 @@ async def test_a_job_runs_from_submission_to_its_end(served: Any, make_code: Any
         assert task.state is TaskState.COMPLETED
         assert b"".join([piece async for piece in served.client.tasks.log(task.id)]) == b"done\n"
     assert not processes_of(job)
-    async with asyncio.timeout(60):  # what workers leave is removed when all went well
-        while list((served.data_dir / "workers").iterdir()):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    # What workers leave is removed when all went well.
+    await until(lambda: not list((served.data_dir / "workers").iterdir()))
 
 
 async def test_workers_need_no_token_of_the_server(make_server: Any, make_code: Any, make_form: Any) -> None:

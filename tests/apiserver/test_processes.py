@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 from flame.client import Client
 from flame.spec.nouns import RestartPolicy
@@ -216,9 +217,7 @@ async def test_a_second_signal_ends_the_server_at_once(
                 if b"began" in piece:
                     break
         server.kill(signal.SIGTERM)
-        async with asyncio.timeout(60):
-            while "stopping 1 jobs" not in server.log.read_text():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: "stopping 1 jobs" in server.log.read_text())
         server.kill(signal.SIGTERM)
         assert await server.ended() == 128 + signal.SIGTERM
     server = start_process()
@@ -269,12 +268,8 @@ async def test_jobs_and_killed_workers_leave_no_descriptor_open(
             assert sum(task.attempt for task in await client.jobs.tasks(job)) == 4, "one of three was started again"
 
     await run("first")
-    async with asyncio.timeout(60):
-        while descriptors(server)["anon_inode:[pidfd]"] or len(server.net_connections()) > 1:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: not descriptors(server)["anon_inode:[pidfd]"] and len(server.net_connections()) <= 1)
     before = descriptors(server)
     for number in range(5):
         await run(f"job-{number}")
-    async with asyncio.timeout(60):
-        while descriptors(server) != before:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: descriptors(server) == before)

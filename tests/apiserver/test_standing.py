@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from waiting import until
 
 from flame import sessions
 from flame.client import Client
@@ -24,14 +25,6 @@ from flame.spec.sessions import Application, SessionForm
 
 #: Runs until it is stopped.
 FOR_EVER = "import threading\nprint('waits', flush=True)\nthreading.Event().wait()\n"
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.01)
 
 
 class World:

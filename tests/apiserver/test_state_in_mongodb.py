@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from waiting import until
+
 from flame.client import Client
 from flame.spec.records import JobState
 
@@ -128,9 +130,7 @@ async def test_a_standby_takes_over_from_a_killed_server_and_the_workers_go_on(
         assert f"Another server works on this database: process {first.process.pid} on" in refused.log.read_text()
         standby = start("second", standby=True)
         standby.data_dir = tmp_path / "second"
-        async with asyncio.timeout(60):
-            while "standby: process" not in standby.log.read_text():  # noqa: ASYNC110 - a file wakes nobody
-                await asyncio.sleep(0.05)
+        await until(lambda: "standby: process" in standby.log.read_text())
         assert standby.process.poll() is None
         first.kill()
         await first.ended()
@@ -169,9 +169,7 @@ async def test_a_standby_ends_when_it_is_told_to(
     first = start_process(db=mongo_url)
     await first.url()
     standby = start_process(db=mongo_url, standby=True, data_dir=str(tmp_path / "second"))
-    async with asyncio.timeout(60):
-        while "standby: process" not in standby.log.read_text():  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+    await until(lambda: "standby: process" in standby.log.read_text())
     standby.kill(signal.SIGTERM)
     assert await standby.ended() == 0
     assert first.process.poll() is None

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from waiting import blocked_until
 
 WAITS = "import signal; print('up', flush=True); signal.pause()"
 ROUNDS = (
@@ -23,13 +23,6 @@ ROUNDS = (
     "link.model({'name': 'tiny', 'path': '/kept/model.safetensors'})\n"
     "link.close()\n"
 )
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 40
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)
 
 
 class Server:
@@ -45,7 +38,7 @@ class Server:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stderr=log, start_new_session=True)
-        until(self._listens)
+        blocked_until(self._listens)
 
     def _listens(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -62,7 +55,7 @@ class Server:
 class Cli:
     """Runs `flame` in an environment of the test's own."""
 
-    until = staticmethod(until)
+    until = staticmethod(blocked_until)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -9,8 +9,9 @@ import pty
 import re
 import signal
 import socket
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,6 +19,19 @@ import pytest
 from flame.spec.records import Job, Model, Round
 
 WAITS = "import signal; print('up', flush=True); signal.pause()"
+
+
+def read_until(words: str, said: IO[str]) -> None:
+    """Read what a process prints until these words are in a line."""
+    while words not in (line := said.readline()):
+        assert line, "it ended without saying so"
+
+
+def running(flame: Any, main: str = WAITS) -> subprocess.Popen[str]:
+    """The command with a job that runs; its workers all do the same."""
+    process: subprocess.Popen[str] = flame.begin("run", flame.job(trainer=main, aggregator=main))
+    read_until("job running", process.stdout)
+    return process
 
 
 def test_a_job_is_told_line_by_line_and_ends_with_its_rounds_and_its_model(flame: Any) -> None:
@@ -74,9 +88,7 @@ def test_nothing_is_left_of_a_private_server_but_its_data(flame: Any) -> None:
 
 
 def test_ctrl_c_stops_the_job_and_all_its_workers(flame: Any) -> None:
-    process = flame.begin("run", flame.job(trainer=WAITS, aggregator=WAITS))
-    while "job running" not in (line := process.stdout.readline()):
-        assert line
+    process = running(flame)
     assert len(flame.workers()) >= 3
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=40)
@@ -89,12 +101,9 @@ def test_ctrl_c_stops_the_job_and_all_its_workers(flame: Any) -> None:
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_job_still_ends(flame: Any) -> None:
     stubborn = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True)\nwhile True: signal.pause()"
-    process = flame.begin("run", flame.job(trainer=stubborn, aggregator=stubborn))
-    while "job running" not in (line := process.stdout.readline()):
-        assert line
+    process = running(flame, stubborn)
     process.send_signal(signal.SIGINT)
-    while "Stopping" not in (line := process.stderr.readline()):
-        assert line
+    read_until("Stopping", process.stderr)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=4)  # the workers' grace is longer
     assert process.returncode == 130
@@ -102,9 +111,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_job_still_ends(flame: Any) -> No
 
 
 def test_a_killed_command_takes_its_private_server_and_its_job_along(flame: Any) -> None:
-    process = flame.begin("run", flame.job(trainer=WAITS, aggregator=WAITS))
-    while "job running" not in (line := process.stdout.readline()):
-        assert line
+    process = running(flame)
     process.kill()
     process.communicate()
     flame.until(lambda: not flame.workers())
@@ -126,9 +133,7 @@ def private_server(flame: Any) -> int:
 def test_a_private_server_that_is_killed_is_started_again_and_its_job_goes_on(flame: Any, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     waits = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
-    process = flame.begin("run", flame.job(trainer=waits, aggregator=waits))
-    while "job running" not in (line := process.stdout.readline()):
-        assert line
+    process = running(flame, waits)
     for _ in range(2):
         killed = private_server(flame)
         os.kill(killed, signal.SIGKILL)
@@ -140,9 +145,7 @@ def test_a_private_server_that_is_killed_is_started_again_and_its_job_goes_on(fl
 
 
 def test_a_private_server_that_cannot_be_started_again_is_said_at_once(flame: Any) -> None:
-    process = flame.begin("run", flame.job(trainer=WAITS, aggregator=WAITS))
-    while "job running" not in (line := process.stdout.readline()):
-        assert line
+    process = running(flame)
     server = json.loads((flame.data_dir / "server.json").read_text())
     process.send_signal(signal.SIGSTOP)
     os.kill(server["pid"], signal.SIGKILL)
@@ -157,9 +160,7 @@ def test_a_private_server_that_cannot_be_started_again_is_said_at_once(flame: An
 
 
 def test_a_private_server_that_is_told_to_end_takes_its_job_along(flame: Any) -> None:
-    process = flame.begin("run", flame.job(trainer=WAITS, aggregator=WAITS))
-    while "job running" not in (line := process.stdout.readline()):
-        assert line
+    process = running(flame)
     os.kill(private_server(flame), signal.SIGTERM)
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 1

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 JOB = {
     "name": "tiny",
@@ -37,12 +37,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture(name="until")
-def until_() -> Any:
-    """See :func:`until`."""
-    return until
-
-
 @pytest.fixture
 def job(tmp_path: Path) -> Any:
     """Makes a job folder whose roles are plain scripts."""
@@ -58,13 +52,6 @@ def job(tmp_path: Path) -> Any:
         return folder
 
     return make
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for something that nobody tells of, such as a file of another process."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 class Server:

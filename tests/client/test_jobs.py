@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 import flame.client
 from flame.client import Client, load_job
@@ -157,9 +158,7 @@ async def test_a_registered_dataset_is_found_when_a_job_is_read(server: Any, job
             await flame.client.run(folder, server=server.url)
 
 
-async def test_run_without_a_server_starts_one_that_ends_by_itself(
-    home: Path, workers: Any, job: Any, until: Any
-) -> None:
+async def test_run_without_a_server_starts_one_that_ends_by_itself(home: Path, workers: Any, job: Any) -> None:
     seen: list[str] = []
     ended = await flame.client.run(job(), on_event=lambda event: seen.append(event.type))
     assert ended.state is JobState.COMPLETED

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+from waiting import until
+
 from flame.spec.nouns import RestartPolicy
 from flame.spec.records import JobState
 
@@ -15,9 +17,10 @@ FULL = "No node takes its pod: 1 Insufficient cpu."
 
 
 async def reason(bench: Any, task: Any, wanted: str | None) -> None:
-    async with asyncio.timeout(10):
-        while (await bench.controller.task(task.id)).reason != wanted:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    async def so() -> bool:
+        return bool((await bench.controller.task(task.id)).reason == wanted)
+
+    await until(so)
 
 
 async def test_a_worker_that_waits_for_its_compute_is_not_lost_and_says_what_for(control: Control) -> None:

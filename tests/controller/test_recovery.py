@@ -158,8 +158,9 @@ async def test_a_failing_store_changes_nothing_and_is_tried_again(control: Contr
         assert (await bench.controller.job(job.id)).state is JobState.RUNNING
         with pytest.raises(StoreError):
             await bench.flamelet(tasks[0]).say("round", round=1, metrics={}, seconds=0.1)
+        refused = bench.store.refused
         bench.world.exit(tasks[1].id, 1, code=9)
-        await asyncio.sleep(0.01)
+        await bench.until(lambda: bench.store.refused > refused)
         bench.store.failing = False
         job = await bench.state(job.id, JobState.FAILED)
         assert job.failure.exit_code == 9
@@ -177,6 +178,7 @@ class Mortal:
         self._after = after
         self.writes = 0
         self.failing = False
+        self.refused = 0
         self.killed = asyncio.Event()
 
     def count(self, at: int) -> None:
@@ -189,6 +191,7 @@ class Mortal:
 
     async def _write(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.failing:
+            self.refused += 1
             raise StoreError("The disk is full.")
         self.writes += 1
         if self.killed.is_set() or (self.writes == self._at and not self._after):

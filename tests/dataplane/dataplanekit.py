@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 from flame.sdk.backends.base import BackendContext, Member
 from flame.sdk.backends.p2p import P2pBackend
@@ -86,14 +85,6 @@ class Worker:
         self.channel.leave()
         self.backend.close()
         self.rendezvous.close()
-
-
-def eventually(predicate, seconds=20.0):
-    """Wait for something that has no condition to wait on."""
-    deadline = time.monotonic() + seconds
-    while not predicate():
-        assert time.monotonic() < deadline, "it did not come true"
-        threading.Event().wait(0.005)
 
 
 class Child:

@@ -14,7 +14,8 @@ import time
 
 import numpy as np
 import pytest
-from dataplanekit import KEY, eventually
+from dataplanekit import KEY
+from waiting import blocked_until
 
 from flame.errors import BackendError, EndLeft
 from flame.sdk.backends import p2p_handshake, p2p_peer
@@ -175,7 +176,7 @@ def test_the_window_bounds_what_is_held_however_many_send(worker):
     for thread in threads:
         thread.start()
     held = aggregator.room.window
-    eventually(lambda: len(held.waiting) >= 4)
+    blocked_until(lambda: len(held.waiting) >= 4)
     assert 0 < held.used <= window
     for message, _ in aggregator.channel.recv_fifo(aggregator.channel.ends(), timeout=30):
         assert message["x"].all()
@@ -183,7 +184,7 @@ def test_the_window_bounds_what_is_held_however_many_send(worker):
         del message
     for thread in threads:
         thread.join()
-    eventually(lambda: not held.waiting)
+    blocked_until(lambda: not held.waiting)
 
 
 def test_small_messages_pass_while_a_large_one_is_held(worker):
@@ -203,7 +204,7 @@ def test_one_who_is_waited_for_is_heard_though_small_messages_of_another_fill_th
     assert aggregator.channel.wait_until(lambda: len(aggregator.channel.all_ends()) == 2, 20)
     for number in range(12):
         loud.channel.send("a", {"x": np.full(40_000, number, "u1")}, timeout=20)
-    eventually(lambda: aggregator.connection("t1").held)
+    blocked_until(lambda: aggregator.connection("t1").held)
     for number in range(3):
         quiet.channel.send("a", {"x": np.full(40_000, number, "u1")}, timeout=20)
         assert aggregator.channel.recv("t2", timeout=20)[0]["x"][0] == number
@@ -229,8 +230,8 @@ def test_a_connection_that_is_cut_comes_back_by_itself(worker, transport):
         old = trainer.connection("a")
         old.fail("was cut")
         assert trainer.channel.wait_until(lambda old=old: trainer.room.connections.get("a") not in (None, old), 20)
-        eventually(lambda: aggregator.channel.has("t1"))
-        eventually(lambda: not aggregator.channel.broadcast({"x": 1}, timeout=5))
+        blocked_until(lambda: aggregator.channel.has("t1"))
+        blocked_until(lambda: not aggregator.channel.broadcast({"x": 1}, timeout=5))
         assert trainer.channel.recv("a", timeout=20)[0] is not None
         trainer.channel.drain()
 
@@ -239,7 +240,7 @@ def test_a_newer_attempt_takes_the_place_and_an_older_one_is_sent_away(worker, m
     aggregator, _ = pair(worker)
     newer = worker("t1", attempt=2)
     assert not newer.channel.await_join(20)
-    eventually(lambda: aggregator.channel.member("t1") and aggregator.channel.member("t1").attempt == 2)
+    blocked_until(lambda: aggregator.channel.member("t1") and aggregator.channel.member("t1").attempt == 2)
     assert aggregator.connection("t1").member.attempt == 2
     older = worker("t1", attempt=1)
     assert older.channel.await_join(0.3)
@@ -284,8 +285,8 @@ def test_garbage_is_turned_away_and_harms_nobody(worker, noise, caplog):
         except ConnectionResetError:
             pass
         assert with_reset == b""
-    eventually(lambda: aggregator.backend.turned_away == 1)
-    eventually(lambda: "Turned away somebody who connected" in caplog.text)  # counted first, then said
+    blocked_until(lambda: aggregator.backend.turned_away == 1)
+    blocked_until(lambda: "Turned away somebody who connected" in caplog.text)  # counted first, then said
     trainer.channel.send("a", {"x": 1})
     assert aggregator.channel.recv("t1", timeout=5)[0]["x"] == 1
 
@@ -298,7 +299,7 @@ def test_who_connects_and_says_nothing_is_turned_away_in_time(worker, monkeypatc
         for stranger in (silent, slow):
             stranger.settimeout(20)
             assert stranger.recv(1) == b""
-    eventually(lambda: aggregator.backend.turned_away >= 2)
+    blocked_until(lambda: aggregator.backend.turned_away >= 2)
     trainer.channel.send("a", {"x": 1})
     assert aggregator.channel.recv("t1", timeout=5)[0]["x"] == 1
 
@@ -307,7 +308,7 @@ def test_strangers_in_crowds_push_each_other_out_not_the_workers(worker, monkeyp
     monkeypatch.setattr(Doorkeeper, "LIMIT", 8)
     aggregator, trainer = pair(worker, same_host=False)
     crowd = [raw(aggregator) for _ in range(30)]
-    eventually(lambda: aggregator.backend.turned_away == 22)
+    blocked_until(lambda: aggregator.backend.turned_away == 22)
     assert caplog.text.count("Turned away") <= 6
     late = worker("t2", same_host=False)
     assert not late.channel.await_join(20)
@@ -322,8 +323,8 @@ def test_a_worker_that_goes_mad_is_cut_off_without_allocating_what_it_claims(wor
     aggregator, trainer = pair(worker, same_host=False)
     before, old = _resident(), aggregator.connection("t1")
     trainer.connection("a").stream.sock.send(evil)
-    eventually(lambda: old.broken is not None)
-    eventually(lambda: aggregator.channel.has("t1"))  # it comes back
+    blocked_until(lambda: old.broken is not None)
+    blocked_until(lambda: aggregator.channel.has("t1"))  # it comes back
     assert _resident() - before < 50 << 20
 
 
@@ -334,17 +335,17 @@ def _resident():
 
 def test_a_thousand_connections_leave_no_descriptor_behind(worker):
     aggregator, trainer = pair(worker, same_host=False)
-    eventually(lambda: True)
+    blocked_until(lambda: True)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(1000):
         with raw(aggregator) as stranger:
             stranger.sendall(b"x" * 10)
-    eventually(lambda: aggregator.backend.turned_away == 1000)
+    blocked_until(lambda: aggregator.backend.turned_away == 1000)
     for _ in range(30):
         old = trainer.connection("a")
         old.fail("was cut")
         assert trainer.channel.wait_until(lambda old=old: trainer.room.connections.get("a") not in (None, old), 20)
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
+    blocked_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
 
 
 def test_joining_and_leaving_again_and_again_leaves_nothing_behind(worker, meeting):
@@ -359,10 +360,10 @@ def test_joining_and_leaving_again_and_again_leaves_nothing_behind(worker, meeti
         assert not aggregator.channel.await_join(20)
         assert aggregator.channel.recv("t1", timeout=20)[0]["x"].all()
         trainer.close()
-        eventually(lambda: not aggregator.channel.has("t1"))
+        blocked_until(lambda: not aggregator.channel.has("t1"))
         if number == 3:
             before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before[0])
+    blocked_until(lambda: len(os.listdir("/proc/self/fd")) <= before[0])
     assert threading.active_count() <= before[1]
 
 
@@ -378,7 +379,7 @@ def test_a_send_that_is_not_taken_in_time_cuts_off_only_the_slow_one(worker):
     assert failed == {"t2": "did not take a message in time"}
     assert time.monotonic() - began < 15
     assert quick.channel.recv("a", timeout=20)[0]["x"].all()
-    eventually(lambda: slow.channel.has("a"))
+    blocked_until(lambda: slow.channel.has("a"))
     assert not aggregator.channel.wait_until(lambda: False, 0)
 
 
@@ -410,12 +411,12 @@ def test_with_tls_whoever_shows_no_certificate_of_the_authority_is_turned_away(w
     assert trainer.channel.await_join(1)
     assert not trainer.channel.all_ends()
     assert not impostor.channel.all_ends()
-    eventually(lambda: impostor.backend.turned_away)
+    blocked_until(lambda: impostor.backend.turned_away)
 
     aggregator = worker("b", "aggregator", "trainer", **tls)
     stranger = worker("t2", **theirs)
     assert not trainer.channel.await_join(20)
-    eventually(lambda: aggregator.backend.turned_away)
+    blocked_until(lambda: aggregator.backend.turned_away)
     assert aggregator.channel.all_ends() == ["t1"]
     assert "b" not in stranger.channel.all_ends()
 
@@ -432,7 +433,7 @@ def test_with_tls_whoever_shows_no_certificate_of_the_authority_is_turned_away(w
     ):
         connection.sendall(next(p2p_handshake.dial(KEY, hello))[0])
         assert connection.recv(1) == b""
-    eventually(lambda: aggregator.backend.turned_away > before)
+    blocked_until(lambda: aggregator.backend.turned_away > before)
 
 
 def test_a_peer_that_is_not_there_yet_is_tried_again(worker, meeting, monkeypatch):

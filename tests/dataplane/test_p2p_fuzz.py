@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import blocked_until
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from dataplanekit import eventually
 from mutants import mutant
 
 from flame.sdk.backends.p2p_greeting import Doorkeeper
@@ -51,7 +51,7 @@ def three(worker, **options):
     trainers = [worker(end, **options) for end in ("t1", "t2")]
     for each in (aggregator, *trainers):
         assert not each.channel.await_join(20)
-    eventually(lambda: set(aggregator.channel.all_ends()) == {"t1", "t2"})
+    blocked_until(lambda: set(aggregator.channel.all_ends()) == {"t1", "t2"})
     return aggregator, *trainers
 
 
@@ -78,7 +78,7 @@ def test_handshakes_that_are_meddled_with_let_nobody_in_and_harm_nobody(worker, 
     assert set(aggregator.channel.all_ends()) == {"t1", "t2"}
     assert aggregator.backend.turned_away > 0
     assert threading.active_count() == threads
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + Doorkeeper.LIMIT // 8)
+    blocked_until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + Doorkeeper.LIMIT // 8)
 
 
 def test_frames_that_are_meddled_with_harm_no_other_worker(worker, traffic):
@@ -92,7 +92,7 @@ def test_frames_that_are_meddled_with_harm_no_other_worker(worker, traffic):
     threads, before = threading.active_count(), resident()
     chance = random.Random(11)
     for number in range(ROUNDS):
-        eventually(lambda: aggregator.channel.has("t1") and mad.channel.has("a"))
+        blocked_until(lambda: aggregator.channel.has("t1") and mad.channel.has("a"))
         try:
             broken, line = aggregator.connection("t1"), mad.connection("a").stream
             line.sock.sendall(mutant(chance, samples))
@@ -103,7 +103,7 @@ def test_frames_that_are_meddled_with_harm_no_other_worker(worker, traffic):
         assert got["number"] == number
         assert np.array_equal(got["x"], MESSAGE["x"])
         line.abort()  # what is half a frame would wait for its other half
-        eventually(lambda broken=broken: broken.broken is not None)
+        blocked_until(lambda broken=broken: broken.broken is not None)
         traffic.clear()
     assert aggregator.channel.has("t2")
     assert threading.active_count() <= threads

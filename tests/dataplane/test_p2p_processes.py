@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from dataplanekit import eventually
+from waiting import blocked_until
 
 from flame.sdk.backends import p2p_stream
 
@@ -55,10 +55,10 @@ def test_a_peer_that_is_killed_in_the_middle_of_a_message_is_noticed_at_once(agg
     while a.channel.recv("t1", timeout=30)[0] is not None:
         pass  # what it had sent whole still counts
     assert time.monotonic() - began < 20
-    eventually(lambda: not a.channel.has("t1"))
+    blocked_until(lambda: not a.channel.has("t1"))
     a.channel.send("t2", {"x": np.ones(BIG // 8)}, timeout=30)
     assert a.channel.recv("t2", timeout=30)[0]["x"].all()
-    eventually(lambda: not a.room.window.reading)
+    blocked_until(lambda: not a.room.window.reading)
     other.kill()
 
 
@@ -74,7 +74,7 @@ def test_a_peer_that_is_killed_while_it_is_sent_to_does_not_hold_the_others(aggr
         failed = a.channel.broadcast(message, ["t1"], timeout=0.2)
     assert failed["t1"] in ("did not take a message in time", "is not connected")
     stopped.kill()
-    eventually(lambda: not a.channel.has("t1"))
+    blocked_until(lambda: not a.channel.has("t1"))
     assert a.channel.broadcast(message, timeout=30) == {}
     other.kill()
 
@@ -97,7 +97,7 @@ def test_a_stopped_sender_does_not_keep_the_others_waiting(aggregator, child, mo
     a = aggregator(same_host=False, window=1)
     child("stall", "t1", same_host=False, size=BIG)
     joined(a, "t1")
-    eventually(lambda: any(r.end == "t1" for r in a.room.window.reading))
+    blocked_until(lambda: any(r.end == "t1" for r in a.room.window.reading))
     other = child("flood", "t2", same_host=False, size=BIG)
     joined(a, "t2")
     for number in range(3):
@@ -123,7 +123,7 @@ def test_the_last_message_arrives_although_its_sender_is_gone(aggregator, child,
     one.says("joined")
     kept, _ = a.channel.recv("t2", timeout=30)
     last.says("joined")
-    eventually(lambda: a.channel.heard() or last.process.poll() is not None or not same_host)
+    blocked_until(lambda: a.channel.heard() or last.process.poll() is not None or not same_host)
     del kept
     assert a.channel.recv("t1", timeout=30)[0]["weights"]["w"].all()
     assert last.process.wait(30) == 0
@@ -140,10 +140,10 @@ def test_nothing_is_left_in_shared_memory_when_everyone_is_killed(aggregator, ch
         each.kill()
     assert all(message["weights"]["w"].size for message in held)  # still readable
     held.clear()
-    eventually(lambda: not a.channel.all_ends())
+    blocked_until(lambda: not a.channel.all_ends())
     a.channel.drain()
     assert set(os.listdir("/dev/shm")) == before
-    eventually(lambda: shared_memory() < BIG)
+    blocked_until(lambda: shared_memory() < BIG)
 
 
 def shared_memory():
@@ -169,7 +169,7 @@ def test_one_segment_serves_all_readers_and_is_used_again(aggregator, child):
             del message
     # Two at most: one being read while the next is written.
     assert len(numbers) <= 3
-    eventually(lambda: len(segments._all) == 1)
+    blocked_until(lambda: len(segments._all) == 1)
 
 
 def test_a_host_that_vanishes_is_noticed_within_seconds(aggregator, child, monkeypatch):

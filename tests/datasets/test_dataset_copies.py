@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import blocked_until
 
 from flame.errors import DatasetError, MissingExtra
 from flame.sdk import dataset_cache
@@ -198,13 +199,6 @@ def asking(url: str, log: Path) -> subprocess.Popen[str]:
         return subprocess.Popen([sys.executable, "-c", ASKS, url], stdout=subprocess.PIPE, stderr=said, text=True)
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.01)
-
-
 def test_copies_make_room_in_the_order_of_their_last_use_but_not_those_in_use(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +226,9 @@ def test_of_several_workers_that_ask_at_once_one_downloads(site: Site, cache: Pa
     logs = [tmp_path / f"{number}.log" for number in range(4)]
     workers = [asking(site.url, log) for log in logs]
     try:
-        until(lambda: sum("another worker of this host is downloading it" in log.read_text() for log in logs) == 3)
+        blocked_until(
+            lambda: sum("another worker of this host is downloading it" in log.read_text() for log in logs) == 3
+        )
         site.hold.set()
         paths = {worker.communicate(timeout=60)[0] for worker in workers}
     finally:
@@ -249,7 +245,7 @@ def test_a_worker_killed_in_mid_download_leaves_what_the_next_one_goes_on_with(
 ) -> None:
     site.hold = threading.Event()
     worker = asking(site.url, tmp_path / "log")
-    until(lambda: any(part.stat().st_size >= 1_000_000 for part in cache.glob("urls/*/part")))
+    blocked_until(lambda: any(part.stat().st_size >= 1_000_000 for part in cache.glob("urls/*/part")))
     worker.send_signal(signal.SIGKILL)
     worker.communicate()
     site.hold.set()

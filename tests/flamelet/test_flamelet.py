@@ -6,12 +6,12 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 LINK = """
     import json, os, socket, sys
@@ -51,12 +51,6 @@ def alive(pid: float) -> bool:
         return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 (nobody tells of what other processes do)
-            await asyncio.sleep(0.01)
 
 
 async def gone(*pids: float) -> None:

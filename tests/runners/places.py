@@ -5,12 +5,12 @@ import os
 import subprocess
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 from flame.runners import Runner, WorkerExit, WorkerInfo, WorkerSpec, make_runner
 from flame.spec.nouns import Resources
@@ -18,12 +18,6 @@ from flame.spec.nouns import Resources
 CODE = Path(__file__).parent
 MODULE = "fake_worker"
 IMAGE = "python:3.11-slim-bookworm"
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - other processes set no event
-            await asyncio.sleep(0.01)
 
 
 class Place(ABC):
@@ -59,9 +53,11 @@ class Place(ABC):
 
     async def ready(self, runner: Runner, *workers: WorkerInfo) -> None:
         for worker in workers:
-            async with asyncio.timeout(20):
-                while f"worker {worker.task}\n" not in await self.printed(runner, worker):  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+
+            async def said(worker: WorkerInfo = worker) -> bool:
+                return f"worker {worker.task}\n" in await self.printed(runner, worker)
+
+            await until(said)
 
     async def close(self) -> None:
         """End all that the test has left."""

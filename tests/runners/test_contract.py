@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from places import Place, eventually, place
+from places import Place, place
 
 from flame.errors import RunnerError
 from flame.runners import WorkerExit, WorkerInfo
@@ -56,7 +57,7 @@ async def test_starting_a_worker_that_is_there_gives_that_one(there: Place) -> N
 async def test_an_end_is_reported_once_with_its_code(there: Place, behaviour: str, how: WorkerExit) -> None:
     runner = await there.open()
     worker = await runner.start(there.spec("a", behaviour))
-    await eventually(lambda: bool(there.exits))
+    await until(lambda: bool(there.exits))
     assert there.exits == [(worker, how)]
     assert list(await runner.list()) == []
     await runner.end(worker)
@@ -79,7 +80,7 @@ async def test_a_worker_that_somebody_kills_is_reported(there: Place) -> None:
     worker = await runner.start(there.spec("a"))
     await there.ready(runner, worker)
     await there.kill(worker, "SIGKILL")
-    await eventually(lambda: bool(there.exits))
+    await until(lambda: bool(there.exits))
     ((reported, how),) = there.exits
     assert (reported, how.exit_code, how.signal) == (worker, None, "SIGKILL")
 
@@ -106,7 +107,7 @@ async def test_a_worker_is_told_everything_and_no_list_shows_its_key(there: Plac
 async def test_what_a_worker_itself_has_printed_is_kept_until_it_is_cleaned_up(there: Place) -> None:
     runner = await there.open()
     worker = await runner.start(there.spec("a", "exit=1"))
-    await eventually(lambda: bool(there.exits))
+    await until(lambda: bool(there.exits))
     assert await there.printed(runner, worker) == "worker a\n"
     await runner.clean(worker)
     await runner.clean(worker)
@@ -133,7 +134,7 @@ async def test_workers_go_on_without_their_server_and_are_adopted_by_the_next(th
     assert list(await again.list()) == [worker]
     assert await again.start(there.spec("a")) == worker
     await there.kill(worker, "SIGKILL")
-    await eventually(lambda: bool(there.exits))
+    await until(lambda: bool(there.exits))
     ((reported, how),) = there.exits
     assert reported == worker
     assert how.signal in ("SIGKILL", None)  # of a process, only its parent learns it

@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import engines
-from places import IMAGE, DockerPlace, eventually, limited, no_docker, place
+from places import IMAGE, DockerPlace, limited, no_docker, place
 from private_docker import PrivateEngine
 from test_environments import make_wheel
 
@@ -32,9 +33,11 @@ async def engine(tmp_path: Path) -> AsyncIterator[DockerPlace]:
     assert isinstance(somewhere, DockerPlace)
     yield somewhere
     await somewhere.close()
-    async with asyncio.timeout(10):
-        while await somewhere.containers():  # noqa: ASYNC110 - one may be on its way out
-            await asyncio.sleep(0.05)
+
+    async def empty() -> bool:
+        return not await somewhere.containers()
+
+    await until(empty)  # one may be on its way out
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ lost = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
 async def ended(there: DockerPlace) -> tuple[WorkerInfo, WorkerExit]:
-    await eventually(lambda: bool(there.exits))
+    await until(lambda: bool(there.exits))
     assert len(there.exits) == 1
     return there.exits[0]
 
@@ -292,7 +295,7 @@ async def test_workers_that_a_restarted_engine_has_ended_are_told_with_the_cause
         with pytest.raises(RunnerError, match="does not answer"):
             await runner.capacity()
         await private.start()
-        await eventually(lambda: len(there.exits) == 2)
+        await until(lambda: len(there.exits) == 2)
         assert sorted(worker for worker, _ in there.exits) == sorted(workers)
         for _, how in there.exits:
             assert how.exit_code == 3
@@ -313,11 +316,13 @@ async def test_workers_that_outlive_a_killed_engine_are_kept_and_followed_on(tmp
         await there.ready(runner, *workers)
         await private.end(signal.SIGKILL)
         await private.start()
-        async with asyncio.timeout(20):
-            while sorted(await runner.list()) != sorted(workers):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+
+        async def found_again() -> bool:
+            return sorted(await runner.list()) == sorted(workers)
+
+        await until(found_again)
         assert there.exits == []
-        await eventually(lambda: len(there.news) == 4)  # meanwhile it was said why nothing was heard of them
+        await until(lambda: len(there.news) == 4)  # meanwhile it was said why nothing was heard of them
         assert all("Docker engine" in (message or "") for _, message in there.news[:2])
         assert sorted(there.news[2:]) == sorted((worker, None) for worker in workers)
         await there.kill(workers[0], "SIGKILL")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from waiting import until
 
 pytest.importorskip("kubernetes_asyncio")
 
@@ -141,9 +142,7 @@ async def test_a_broken_connection_is_taken_up_where_it_was(api: ApiServer, watc
     await notes.until(["list:listed", "ADDED:x"])
     api.down = True
     await api.says.put("break")
-    async with asyncio.timeout(10):
-        while len(api.tokens) < 5:  # noqa: ASYNC110 - it tries again
-            await asyncio.sleep(0.005)
+    await until(lambda: len(api.tokens) >= 5)  # it tries again
     api.down = False
     await api.says.put(change("MODIFIED", "x", 12))
     await notes.until(["list:listed", "ADDED:x", "MODIFIED:x"])

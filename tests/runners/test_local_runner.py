@@ -6,12 +6,13 @@ import os
 import sys
 import textwrap
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from waiting import until
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_environments import make_wheel
@@ -82,7 +83,7 @@ class Harness:
 
     async def ready(self, *workers: WorkerInfo) -> None:
         paths = [self.data_dir / "workers" / f"{worker.task}.{worker.attempt}" / "ready" for worker in workers]
-        await eventually(lambda: all(path.exists() for path in paths))
+        await until(lambda: all(path.exists() for path in paths))
 
     def processes(self) -> list[psutil.Process]:
         """All processes of this harness, by the mark or by their parents."""
@@ -103,12 +104,6 @@ def reap(pid: int) -> bool:
         return os.waitpid(pid, 0)[0] == pid
     except ChildProcessError:
         return False
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - other processes set no event
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -143,7 +138,7 @@ def each_way_of_watching(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 async def test_an_exit_is_reported_once_with_its_code(harness: Harness, behaviour: str, how: WorkerExit) -> None:
     runner = await harness.open()
     worker = await runner.start(harness.spec("a", behaviour))
-    await eventually(lambda: bool(harness.exits))
+    await until(lambda: bool(harness.exits))
     assert harness.exits == [(worker, how)]
     assert list(await runner.list()) == []
     await runner.end(worker)
@@ -169,7 +164,7 @@ async def test_what_a_killed_worker_leaves_behind_is_ended_before_it_is_reported
     await harness.ready(worker)
     family = harness.processes()
     os.kill(int(worker.handle), 9)
-    await eventually(lambda: bool(harness.exits))
+    await until(lambda: bool(harness.exits))
     assert not [process for process in family if processes.is_alive(process)]
 
 
@@ -291,7 +286,7 @@ async def test_workers_outlive_a_killed_server_and_are_adopted_by_the_next(harne
     assert len(harness.processes()) == 11
 
     os.kill(int(a.handle), 9)
-    await eventually(lambda: bool(harness.exits))
+    await until(lambda: bool(harness.exits))
     assert harness.exits == [(a, WorkerExit(None, None))]  # how it ended is told to its parent alone
 
     family = harness.processes()
@@ -370,7 +365,7 @@ async def test_a_worker_that_eats_too_much_is_killed_and_its_end_names_the_cause
     group = group_of(int(worker.handle))
     assert group is not None
     assert group.memory == 64 << 20
-    await eventually(lambda: bool(harness.exits))
+    await until(lambda: bool(harness.exits))
     assert harness.exits[0][1] == WorkerExit(None, "SIGKILL", "Its worker was out of memory, of which it may use 64Mi.")
     with pytest.raises(OSError, match=r"cgroup\.procs"):
         group.take(os.getpid())
@@ -402,7 +397,7 @@ async def test_without_groups_each_process_of_a_worker_is_limited(
     monkeypatch.setattr(local, "make_group", refuse)
     runner = await harness.open()
     worker = await runner.start(harness.spec("a", "eat")._replace(resources=Resources(memory="64Mi")))
-    await eventually(lambda: bool(harness.exits))
+    await until(lambda: bool(harness.exits))
     assert harness.exits[0][1].exit_code == 1
     assert b"MemoryError" in b"".join([piece async for piece in runner.logs(worker)])
 

@@ -6,9 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import blocked_until
 
 
 class Launched:
@@ -191,10 +191,7 @@ def test_a_worker_dies_with_its_flamelet(tmp_path):
     child = int(flamelet.stdout.readline())
     flamelet.kill()
     flamelet.communicate()
-    deadline = time.monotonic() + 30
-    while alive(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    blocked_until(lambda: not alive(child))
 
 
 def alive(pid):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 import flame.sessions
 from flame.client.local import running
@@ -28,9 +28,7 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def gone(data_dir: Path) -> None:
-    async with asyncio.timeout(30):
-        while running(data_dir) is not None:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: running(data_dir) is None)
 
 
 async def test_one_that_is_about_to_end_is_not_mistaken_for_one_that_stays(data_dir: Path) -> None:

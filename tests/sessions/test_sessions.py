@@ -9,18 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from waiting import until
 
 import flame.sessions
 from flame.errors import Conflict, NotFound, SpecError, TaskCancelled, TaskFailed, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sessionkit
-
-
-async def until(condition: Any, seconds: float = 20.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def test_tasks_are_answered_in_whatever_way_they_are_handed_in(served: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 import flame.sessions
 from flame.client import Client
@@ -81,9 +82,12 @@ async def test_what_was_submitted_is_there_after_a_kill_and_runs_on_without_its_
     await server_process.kill()
     Path(gate).touch()
     url = await server_process.start()
-    async with Client(url) as client, asyncio.timeout(60):
-        while (await record(url, "kept")).counts.succeed < 50:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+
+    async def all_done() -> bool:
+        return (await record(url, "kept")).counts.succeed == 50
+
+    await until(all_done)
+    async with Client(url) as client:
         page = await client._session.call("GET", "/v1/sessions/kept/tasks", query={"limit": 1000}, into=dict)
     assert [one["id"] for one in page["items"]] == list(range(1, 51))
     assert {one["state"] for one in page["items"]} == {"succeed"}
