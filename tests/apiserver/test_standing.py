@@ -176,12 +176,19 @@ async def test_the_first_user_ends_what_was_open_to_anyone(served: Any, make_for
         await asyncio.wait_for(following, 10)
 
 
-async def test_any_client_is_told_in_the_stream_itself(world: World) -> None:
+@contextlib.asynccontextmanager
+async def revoked(world: World, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    """A stream that any client has opened, with a token that was taken back since."""
     number, token = await world.token()
-    url = f"{world.served.url}/v1/jobs/{world.job}/events?follow=true"
-    async with aiohttp.ClientSession() as http, http.get(url, headers={"Authorization": f"Bearer {token}"}) as answer:
+    url, headers = f"{world.served.url}{path}?follow=true", {"Authorization": f"Bearer {token}"}
+    async with aiohttp.ClientSession() as http, http.get(url, headers=headers) as answer:
         await world.open(1, ("token", number))
         await world.accounts.revoke(number, LOCAL)
+        yield answer
+
+
+async def test_any_client_is_told_in_the_stream_itself(world: World) -> None:
+    async with revoked(world, f"/v1/jobs/{world.job}/events") as answer:
         lines = (await asyncio.wait_for(answer.read(), 10)).splitlines()
     last = msgspec.json.decode(lines[-1])
     assert (last["seq"], last["type"], last["data"]["type"]) == (0, "refused", "Unauthorized")
@@ -189,11 +196,7 @@ async def test_any_client_is_told_in_the_stream_itself(world: World) -> None:
 
 
 async def test_a_log_that_is_cut_does_not_look_whole(world: World) -> None:
-    number, token = await world.token()
-    url = f"{world.served.url}/v1/tasks/{world.task}/log?follow=true"
-    async with aiohttp.ClientSession() as http, http.get(url, headers={"Authorization": f"Bearer {token}"}) as answer:
-        await world.open(1, ("token", number))
-        await world.accounts.revoke(number, LOCAL)
+    async with revoked(world, f"/v1/tasks/{world.task}/log") as answer:
         with pytest.raises(aiohttp.ClientError):
             await asyncio.wait_for(answer.read(), 10)
 

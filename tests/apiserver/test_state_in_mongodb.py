@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,11 +67,6 @@ class Gated:
         assert log == b"round 1\nround 2\nround 3\nround 4\n"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
 async def test_a_job_outlives_its_server_and_goes_on_with_the_next_one(
     start_process: Callable[..., Any], make_code: Any, make_form: Any, mongo_url: str, tmp_path: Path
 ) -> None:
@@ -111,12 +105,19 @@ async def test_a_database_that_is_killed_in_mid_job_holds_the_job_up_and_no_more
 
 
 async def test_a_standby_takes_over_from_a_killed_server_and_the_workers_go_on(
-    start_process: Callable[..., Any], make_code: Any, make_form: Any, mongo_url: str, tmp_path: Path
+    start_process: Callable[..., Any],
+    make_code: Any,
+    make_form: Any,
+    mongo_url: str,
+    tmp_path: Path,
+    unused_tcp_port: int,
 ) -> None:
-    job, port = Gated(tmp_path, make_code, make_form), free_port()
+    job = Gated(tmp_path, make_code, make_form)
 
     def start(name: str, **settings: Any) -> Any:
-        return start_process(db=mongo_url, port=port, takeover=4.0, data_dir=str(tmp_path / name), **settings)
+        return start_process(
+            db=mongo_url, port=unused_tcp_port, takeover=4.0, data_dir=str(tmp_path / name), **settings
+        )
 
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
@@ -143,11 +144,10 @@ async def test_a_standby_takes_over_from_a_killed_server_and_the_workers_go_on(
 
 
 async def test_a_stopped_server_that_was_followed_ends_when_it_wakes_up(
-    start_process: Callable[..., Any], mongo_url: str, tmp_path: Path
+    start_process: Callable[..., Any], mongo_url: str, tmp_path: Path, unused_tcp_port: int
 ) -> None:
-    port = free_port()
     (tmp_path / "second").mkdir()
-    first = start_process(db=mongo_url, port=port, takeover=3.0)
+    first = start_process(db=mongo_url, port=unused_tcp_port, takeover=3.0)
     await first.url()
     # On another port: this one's listener is still there.
     second = start_process(db=mongo_url, standby=True, takeover=3.0, data_dir=str(tmp_path / "second"))

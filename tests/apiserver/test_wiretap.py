@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,58 +84,58 @@ mean.run()
 )
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-async def overhear(
-    make_server: Any, make_form: Any, make_code: Callable[..., bytes], *, same_host: int, **settings: Any
-) -> bytes:
+@pytest.fixture
+def overhear(
+    make_server: Any, make_form: Any, make_code: Callable[..., bytes], unused_tcp_port: int
+) -> Callable[..., Awaitable[bytes]]:
     """What goes over sockets between the workers of a job that trains, on one machine.
 
-    :param same_host: whether they may pass models through memory that they share.
+    Takes whether they may pass models through memory that they share, and settings of the server.
     """
-    port = free_port()
-    place = [{"param": "default"}]
-    schema = Schema(
-        name="two tiers",
-        roles=[
-            Role(name="trainer", is_data_consumer=True, group_association=place),
-            Role(name="aggregator", group_association=place),
-        ],
-        channels=[
-            Channel(
-                name="param",
-                pair=["trainer", "aggregator"],
-                func_tags={"trainer": ["fetch", "upload"], "aggregator": ["distribute", "aggregate"]},
-            )
-        ],
-    )
-    async with make_server(**settings) as served:
-        with Wiretap(("127.0.0.2", port), ("127.0.0.1", port)) as tap:
-            roles = [
-                role.replace("{same_host}", str(same_host)).replace("{port}", str(port))
-                for role in (TRAINER, AGGREGATOR)
-            ]
-            digest = await served.client.code.upload(make_code(*roles))
-            form = make_form(digest, schema=schema, model_spec=ModelSpec(hyperparameters={"rounds": 2}))
-            job = await served.client.jobs.create(form)
-            await served.client.jobs.start(job.id)
-            ended = await served.client.jobs.wait(job.id)
-            assert ended.state is JobState.COMPLETED, ended.failure
-    # Two trainers got the model and sent it back, twice: all of it went by here.
-    assert len(tap.heard) > 2 * 2 * 2 * len(SECRET) * TIMES
-    return tap.heard
+    port = unused_tcp_port
+
+    async def heard(*, same_host: int, **settings: Any) -> bytes:
+        place = [{"param": "default"}]
+        schema = Schema(
+            name="two tiers",
+            roles=[
+                Role(name="trainer", is_data_consumer=True, group_association=place),
+                Role(name="aggregator", group_association=place),
+            ],
+            channels=[
+                Channel(
+                    name="param",
+                    pair=["trainer", "aggregator"],
+                    func_tags={"trainer": ["fetch", "upload"], "aggregator": ["distribute", "aggregate"]},
+                )
+            ],
+        )
+        async with make_server(**settings) as served:
+            with Wiretap(("127.0.0.2", port), ("127.0.0.1", port)) as tap:
+                roles = [
+                    role.replace("{same_host}", str(same_host)).replace("{port}", str(port))
+                    for role in (TRAINER, AGGREGATOR)
+                ]
+                digest = await served.client.code.upload(make_code(*roles))
+                form = make_form(digest, schema=schema, model_spec=ModelSpec(hyperparameters={"rounds": 2}))
+                job = await served.client.jobs.create(form)
+                await served.client.jobs.start(job.id)
+                ended = await served.client.jobs.wait(job.id)
+                assert ended.state is JobState.COMPLETED, ended.failure
+        # Two trainers got the model and sent it back, twice: all of it went by here.
+        assert len(tap.heard) > 2 * 2 * 2 * len(SECRET) * TIMES
+        return tap.heard
+
+    return heard
 
 
-async def test_with_p2p_tls_nobody_on_the_way_reads_a_model(make_server: Any, make_form: Any, make_code: Any) -> None:
-    assert SECRET not in await overhear(make_server, make_form, make_code, same_host=1, p2p_tls=True)
+async def test_with_p2p_tls_nobody_on_the_way_reads_a_model(overhear: Callable[..., Awaitable[bytes]]) -> None:
+    assert SECRET not in await overhear(same_host=1, p2p_tls=True)
 
 
-async def test_without_it_everybody_does(make_server: Any, make_form: Any, make_code: Any) -> None:
+async def test_without_it_everybody_does(overhear: Callable[..., Awaitable[bytes]]) -> None:
     """So what the other test looks for would be found."""
-    assert SECRET in await overhear(make_server, make_form, make_code, same_host=0)
+    assert SECRET in await overhear(same_host=0)
 
 
 @pytest.mark.parametrize("tls", [True, False])

@@ -22,7 +22,7 @@ from jobkit import SHARE, Flame, until
 CHART = ROOT / "deploy" / "helm" / "flame"
 
 if not shutil.which("helm"):
-    pytest.skip("no helm", allow_module_level=True)
+    pytest.skip("no helm program on this machine", allow_module_level=True)
 
 
 def helm(*arguments: str) -> str:

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from waiting import blocked_until
 
 sys.path.insert(0, str(Path(__file__).parent))
 from survivalkit import bits, central, finish, load_file, rounds
@@ -35,12 +35,12 @@ class Server:
 
     def start(self):
         self.process = self.popen("serve", "--port", "0", *self.options)
-        deadline = time.monotonic() + 60
-        while not (self.data / "server.json").exists() or self.told()["pid"] != self.process.pid:
-            assert time.monotonic() < deadline
-            assert self.process.poll() is None
-            threading.Event().wait(0.02)
+        blocked_until(self._listens)
         self.environment["FLAME_SERVER"] = self.told()["url"]
+
+    def _listens(self):
+        assert self.process.poll() is None
+        return self.told()["pid"] == self.process.pid
 
     def told(self):
         with contextlib.suppress(OSError, ValueError):
@@ -70,7 +70,7 @@ class Server:
         deadline = time.monotonic() + 60
         while not found():
             assert time.monotonic() < deadline, list(self.chaos.iterdir())
-            threading.Event().wait(0.01)
+            time.sleep(0.01)
 
     def taken(self, name):
         self.until(lambda: [path for path in self.chaos.iterdir() if path.name.startswith(f"{name}.taken")])
@@ -88,6 +88,11 @@ class Server:
 
     def model(self, job):
         return {path.name: load_file(path) for path in self.data.glob(f"artifacts/{job}/*.safetensors")}
+
+    def completes(self, job, expected):
+        """Wait for a job to end as if nothing had been: with each round once, and with the undisturbed one's model."""
+        assert rounds(self.state(job, "completed")) == [1, 2, 3, 4, 5]
+        assert bits(self.model(job)) == expected
 
     def kill(self):
         self.process.kill()
@@ -129,9 +134,7 @@ def test_a_job_is_paused_resumed_and_set_back_and_its_model_stays_the_same(serve
     assert {one["round"] for one in kept if one["role"] == "aggregator"} == {1, 2, 3}
     assert "rounds 1, 2, 3" in server.call("job", "restart", mine, "--from-round", "9", code=1)
     server.call("job", "restart", mine, "--from-round", "1")
-    done = server.state(mine, "completed")
-    assert rounds(done) == [1, 2, 3, 4, 5]
-    assert bits(server.model(mine)) == expected
+    server.completes(mine, expected)
     again = server.call("job", "restart", mine, "--from-round", "3")
     assert again["id"] != mine
     assert rounds(server.state(again["id"], "completed")) == [4, 5], "it has done these alone"
@@ -146,9 +149,7 @@ def test_a_killed_server_finds_the_job_at_work_and_an_aggregator_that_died_meanw
     for path in server.chaos.iterdir():
         os.kill(int(path.name.rpartition("-")[2]), signal.SIGKILL)
     server.start()
-    done = server.state(mine, "completed")
-    assert rounds(done) == [1, 2, 3, 4, 5]
-    assert bits(server.model(mine)) == expected
+    server.completes(mine, expected)
 
 
 @pytest.fixture
@@ -170,9 +171,7 @@ def test_a_job_restarts_though_who_asked_for_it_hangs_up(restarting, expected):
     asking.kill()
     asking.communicate()
     server.release()
-    done = server.state(mine, "completed")
-    assert rounds(done) == [1, 2, 3, 4, 5]
-    assert bits(server.model(mine)) == expected
+    server.completes(mine, expected)
 
 
 def test_a_job_restarts_though_its_server_is_killed_meanwhile(restarting, expected):
@@ -180,9 +179,7 @@ def test_a_job_restarts_though_its_server_is_killed_meanwhile(restarting, expect
     server.kill()
     server.release()
     server.start()
-    done = server.state(mine, "completed")
-    assert rounds(done) == [1, 2, 3, 4, 5]
-    assert bits(server.model(mine)) == expected
+    server.completes(mine, expected)
 
 
 def test_a_drained_server_ends_when_the_jobs_that_run_have_ended(server, job):
