@@ -70,6 +70,13 @@ def pair(worker, **options):
     return aggregator, trainer
 
 
+def met(aggregator, *trainers):
+    """Wait until all see each other: which of two sees the other one first is left to chance."""
+    assert aggregator.channel.wait_until(lambda: len(aggregator.channel.all_ends()) == len(trainers), 20)
+    for trainer in trainers:
+        assert not trainer.channel.await_join(20)
+
+
 @pytest.mark.parametrize("size", [0, 1000, 60_000, 70_000, 600_000, 9_000_000])
 def test_messages_of_every_size_arrive_whole_in_both_directions(worker, transport, size):
     aggregator, trainer = pair(worker, **transport)
@@ -156,7 +163,7 @@ def test_workers_on_one_host_find_that_out_and_use_no_tcp(worker):
 def test_peers_of_one_role_are_connected_only_where_the_channel_links_them(worker):
     aggregator = worker("a", "aggregator", "trainer")
     first, second = worker("t1"), worker("t2")
-    aggregator.channel.wait_until(lambda: len(aggregator.channel.all_ends()) == 2, 20)
+    met(aggregator, first, second)
     assert set(first.room.peers) == set(second.room.peers) == {"a"}
 
 
@@ -171,7 +178,7 @@ def test_the_window_bounds_what_is_held_however_many_send(worker):
     window = 3_000_000
     aggregator = worker("a", "aggregator", "trainer", window=window, same_host=False)
     trainers = [worker(f"t{i}", same_host=False) for i in range(6)]
-    assert aggregator.channel.wait_until(lambda: len(aggregator.channel.all_ends()) == 6, 20)
+    met(aggregator, *trainers)
     threads = [threading.Thread(target=t.channel.send, args=("a", {"x": np.ones(1_400_000, "u1")})) for t in trainers]
     for thread in threads:
         thread.start()
@@ -190,7 +197,7 @@ def test_the_window_bounds_what_is_held_however_many_send(worker):
 def test_small_messages_pass_while_a_large_one_is_held(worker):
     aggregator = worker("a", "aggregator", "trainer", window=1_000_000)
     first, second = worker("t1"), worker("t2")
-    assert aggregator.channel.wait_until(lambda: len(aggregator.channel.all_ends()) == 2, 20)
+    met(aggregator, first, second)
     first.channel.send("a", {"x": np.ones(5_000_000, "u1")})
     kept, _ = aggregator.channel.recv("t1", timeout=20)
     second.channel.send("a", {"small": True})
@@ -201,7 +208,7 @@ def test_small_messages_pass_while_a_large_one_is_held(worker):
 def test_one_who_is_waited_for_is_heard_though_small_messages_of_another_fill_the_window(worker):
     aggregator = worker("a", "aggregator", "trainer", dials=False, window=300_000)
     loud, quiet = worker("t1"), worker("t2")
-    assert aggregator.channel.wait_until(lambda: len(aggregator.channel.all_ends()) == 2, 20)
+    met(aggregator, loud, quiet)
     for number in range(12):
         loud.channel.send("a", {"x": np.full(40_000, number, "u1")}, timeout=20)
     blocked_until(lambda: aggregator.connection("t1").held)
