@@ -20,13 +20,15 @@ def broker(tmp_path):
     made.kill()
 
 
-@pytest.mark.parametrize("example", ["vertical", "analytics", "evaluation"])
-def test_the_example_gives_over_mqtt_what_it_gives_over_p2p(tmp_path, broker, example):
+@pytest.mark.parametrize(
+    ("example", "more"), [("vertical", ["hyperparameters.rounds=2"]), ("analytics", []), ("evaluation", [])]
+)
+def test_the_example_gives_over_mqtt_what_it_gives_over_p2p(tmp_path, broker, example, more):
     tables = []
     for settings in ([], ["backend=mqtt", f"brokers={broker}"]):
         folder = tmp_path / f"run-{len(tables)}"
         folder.mkdir()
-        with Run(folder, example, *settings, "policy.deterministic=true") as run:
+        with Run(folder, example, *settings, *more, "policy.deterministic=true") as run:
             result = run.result()
         assert result.state == "completed", result.text
         (kept,) = run.data.glob("registry/runs/*/metrics.jsonl")

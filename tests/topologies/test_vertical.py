@@ -337,7 +337,7 @@ def test_the_example_learns_to_tell_benign_from_malignant(tmp_path):
 
 @pytest.mark.parametrize("enough", [False, True])
 def test_a_killed_laboratory_ends_the_job_unless_the_policy_does_without_it(tmp_path, enough):
-    settings = ["hyperparameters.epochs=20", "hyperparameters.rounds=3", *(["policy.minTrainers=2"] if enough else [])]
+    settings = ["hyperparameters.epochs=8", "hyperparameters.rounds=3", *(["policy.minTrainers=2"] if enough else [])]
     with Run(tmp_path, "vertical", *settings) as run:
         run.wait_for("round 1/")
         run.kill_one("laboratory")
