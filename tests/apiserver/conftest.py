@@ -109,12 +109,13 @@ class Process:
         self.log = data_dir.parent / "server.log"
         script = (
             "import sys, json, pathlib\n"
-            "from flame.process import run_server\n"
+            "from flame import process\n"
             "from flame.serve import ServeSettings\n"
             "from flame.errors import FlameError\n"
             "given = {'port': 0, 'data_dir': sys.argv[1], **json.loads(sys.argv[2])}\n"
             "given['data_dir'] = pathlib.Path(given['data_dir'])\n"
-            "try: sys.exit(run_server(ServeSettings(**given)))\n"
+            "process.PRIVATE_PATIENCE = given.pop('patience', process.PRIVATE_PATIENCE)\n"
+            "try: sys.exit(process.run_server(ServeSettings(**given)))\n"
             "except FlameError as error: sys.exit(str(error))\n"
         )
         arguments = [str(data_dir), settings[0] if settings else "{}"]

@@ -194,14 +194,10 @@ async def test_a_private_server_says_where_it_is_and_ends_with_its_last_visitor(
         assert (await client.jobs.get(job)).state is JobState.TERMINATED
 
 
-async def test_a_private_server_ends_when_nobody_comes(start_process: Callable[..., Any], monkeypatch: Any) -> None:
-    from flame import process as flame_process
-
-    monkeypatch.setattr(flame_process, "PRIVATE_PATIENCE", 0.05)
-    process = start_process(private=True)
-    await asyncio.to_thread(process.process.stdout.readline)
-    process.kill(signal.SIGTERM)
+async def test_a_private_server_ends_when_nobody_comes(start_process: Callable[..., Any]) -> None:
+    process = start_process(private=True, patience=0.05)
     assert await process.ended() == 0
+    assert "nobody has attached within 0.05 s" in process.log.read_text()
 
 
 async def test_a_second_signal_ends_the_server_at_once(
