@@ -48,6 +48,7 @@ class ServerTls:
                 "give --tls-worker-cert and --tls-worker-key (`flame cert client` makes them)."
             )
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)  # on some systems it speaks all
         try:
             context.load_cert_chain(self.cert, self.key)
         except (OSError, ValueError) as error:

@@ -52,6 +52,7 @@ class Tls(NamedTuple):
             raise UsageError(
                 f"The certificates to trust (FLAME_CA, {_named(self.ca)}) cannot be used: {error}."
             ) from error
+        context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)  # on some systems it speaks all
         if self.cert:
             try:
                 with _file(self.cert) as cert, _file(self.key) as key:

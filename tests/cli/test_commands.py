@@ -107,11 +107,12 @@ def test_a_wait_ends_with_the_jobs_fate_or_its_own_deadline(flame: Any, server: 
 
 def test_a_wait_that_began_before_a_kill_of_the_server_returns_after_its_restart(flame: Any, server: Any) -> None:
     go = flame.folder / "go"
-    trainer = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)"
+    trainer = f"import os, time\nprint('here', flush=True)\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)"
     flame("job", "create", flame.job("long", trainer=trainer), "--start")
     flame.environment["FLAME_SERVER"] = server.url
     waiting = flame.begin("job", "wait", "long", "-o", "json")
     log = flame.begin("job", "logs", "-f", "long", "--task", "trainer/1")
+    assert "here" in log.stdout.readline()
     flame.until(lambda: flame.json("job", "get", "long")["state"] == "running")
     before = {process.pid for process in flame.workers()}
     server.kill()
