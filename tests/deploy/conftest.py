@@ -96,7 +96,7 @@ def serving(tmp_path: Path) -> Serve:
 
     @contextlib.asynccontextmanager
     async def serve(*options: str) -> AsyncIterator[Client]:
-        with socket.create_server(("127.0.0.1", 0)) as free:
+        with socket.create_server(("", 0)) as free:
             port = free.getsockname()[1]
         url = f"http://{host_address()}:{port}"
         data_dir = tmp_path / f"data-{port}"
