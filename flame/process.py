@@ -82,7 +82,7 @@ async def _serve(settings: ServeSettings, data_dir: Path) -> int:
         server = await entering
         if settings.private:
             _say(json.dumps({"url": server.url, "pid": os.getpid()}))
-            await _first(stopping.wait(), _unneeded(server, stopping))
+            await _first(stopping.wait(), _unneeded(server))
             jobs = len(server.controller.active())
             if jobs:
                 log.info("private server ends: stopping %d jobs", jobs)
@@ -175,7 +175,7 @@ def _on_signals(stopping: asyncio.Event, draining: asyncio.Event) -> None:
     loop.add_signal_handler(signal.SIGUSR1, draining.set)
 
 
-async def _unneeded(server: Server, stopping: asyncio.Event) -> None:
+async def _unneeded(server: Server) -> None:
     """Wait until a private server is of no use any more."""
     try:
         async with asyncio.timeout(PRIVATE_PATIENCE):

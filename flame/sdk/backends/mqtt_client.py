@@ -66,9 +66,8 @@ class Settings:
         """
         try:
             context = ssl.create_default_context(cafile=self.ca)
-            context.minimum_version = max(
-                context.minimum_version, ssl.TLSVersion.TLSv1_2
-            )  # on some systems it speaks all
+            # On some systems it speaks all.
+            context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
             if self.cert is not None:
                 context.load_cert_chain(self.cert, self.key)
         except (OSError, ssl.SSLError) as error:

@@ -16,13 +16,7 @@ def await_all(role: Role, channel: Channel, fewest: int | None) -> None:
     policy = role.config.policy
     expected = max(role.config.peers.get(channel.name()) or 0, policy.min_trainers)
     here = channel.other_role()
-    enough = role.wait_for(
-        channel,
-        lambda: len(channel.all_ends()) >= expected,
-        lambda: f"{expected - len(channel.all_ends())} more of {expected} workers of role {here}",
-        policy.join_deadline,
-    )
-    if enough:
+    if role.wait_for_ends(channel, expected, policy.join_deadline):
         return
     there = len(channel.all_ends())
     came = f"{there} of {expected} workers of role {here} came within {policy.join_deadline:g} s (policy.joinDeadline)"

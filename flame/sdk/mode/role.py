@@ -242,6 +242,15 @@ class Role(ABC):
             raise WorkIsDone
         return came
 
+    def wait_for_ends(self, channel: Channel, expected: int, timeout: float) -> bool:
+        """Wait until so many others are on a channel: see :meth:`wait_for`."""
+        return self.wait_for(
+            channel,
+            lambda: len(channel.all_ends()) >= expected,
+            lambda: f"{expected - len(channel.all_ends())} more of {expected} workers of role {channel.other_role()}",
+            timeout,
+        )
+
     def await_peer(self, channel: Channel) -> None:
         """Wait until somebody is there, as long as the policy's ``joinDeadline`` allows.
 

@@ -72,12 +72,7 @@ class Trainer(SyncTrainer):
         others = self.config.peers.get(channel.name(), 0)
         # Who comes in again waits only for those who are there, whom it hears of at once.
         longest = self.config.policy.join_deadline if self.attempt == 1 else ACQUAINTANCE_SECONDS
-        if not self.wait_for(
-            channel,
-            lambda: len(channel.all_ends()) >= others,
-            lambda: f"{others - len(channel.all_ends())} more of {others} workers of role {channel.other_role()}",
-            longest,
-        ):
+        if not self.wait_for_ends(channel, others, longest):
             self.link.warning(
                 f"The group {channel.groupby()} begins with {len(channel.all_ends()) + 1} of {others + 1} trainers: the "
                 f"others did not come within {longest:g} s."

@@ -20,30 +20,19 @@ __all__ = ["TAG_AGGREGATE", "TAG_DISTRIBUTE", "TAG_FETCH", "TAG_UPLOAD", "Middle
 class MiddleAggregator(BufferedAggregator, SyncMiddleAggregator):
     """Aggregates its group's updates as they come. There is nothing that a user must write."""
 
-    _above: bool = False  # whether it is seen there
-
     def _join_channels(self) -> None:
         """See :class:`Role`: first the group's channel alone; see :meth:`_fetch_weights`."""
         self.cm.join(self.config.func_tag_map[TAG_DISTRIBUTE])
 
     def _fetch_weights(self, tag: str) -> None:
         """Be seen above when the group is there: another group, whose trainers began a second earlier, would do all the work."""
-        if not self._above:
-            self._above = True
+        if not self.cm.is_joined(self.config.func_tag_map[tag]):
+            group = self.channel(TAG_DISTRIBUTE)
             if self.attempt == 1:
-                self._await_trainers()
+                expected = self.config.peers.get(group.name(), 1)
+                self.wait_for_ends(group, expected, SHARE * self.config.policy.join_deadline)
             self.cm.join_all()
         super()._fetch_weights(tag)
-
-    def _await_trainers(self) -> None:
-        channel = self.channel(TAG_DISTRIBUTE)
-        expected = self.config.peers.get(channel.name(), 1)
-        self.wait_for(
-            channel,
-            lambda: len(channel.all_ends()) >= expected,
-            lambda: f"{expected - len(channel.all_ends())} more of {expected} workers of role {channel.other_role()}",
-            SHARE * self.config.policy.join_deadline,
-        )
 
     def _distribute_weights(self, tag: str) -> None:
         channel = self.channel(tag)

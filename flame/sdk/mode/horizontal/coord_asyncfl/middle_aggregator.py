@@ -20,11 +20,8 @@ class MiddleAggregator(AsyncMiddleAggregator):
 
     _trainers: frozenset[str] = frozenset()
 
-    def _await_trainers(self) -> None:
-        """Nobody need be waited for: see :meth:`_await_group`."""
-
     def _join_channels(self) -> None:
-        """See :class:`Role`: all of them, as the coordinator is heard of on one of them."""
+        """See :class:`Role`: all of them at once, as nobody need be waited for (:meth:`_await_group`)."""
         self.cm.join_all()
 
     def _idle(self, channel: Channel) -> list[str]:

@@ -116,14 +116,7 @@ class Coordinator(Role):
         again = self._strict and self.config.restart.attempts > 0 and self._all_come
         for channel in () if self._met and not again else (middles, workers):
             expected = self.config.peers.get(channel.name(), 1)
-            if not self.wait_for(
-                channel,
-                lambda channel=channel, expected=expected: len(channel.all_ends()) >= expected,  # type: ignore[misc]
-                lambda channel=channel, expected=expected: (  # type: ignore[misc]
-                    f"{expected - len(channel.all_ends())} more of {expected} workers of role {channel.other_role()}"
-                ),
-                self.config.policy.join_deadline,
-            ):
+            if not self.wait_for_ends(channel, expected, self.config.policy.join_deadline):
                 if channel.empty():
                     raise DeadlineExceeded(
                         f"No worker of role {channel.other_role()} was on channel {channel.name()} within "

@@ -147,12 +147,7 @@ class TopAggregator(RoundKeeper, RoundAggregator):
         if self._again == 0.0:
             self._until = time.monotonic() + patience
         left = self._until - time.monotonic()
-        if left <= 0 or not self.wait_for(
-            channel,
-            lambda: len(channel.all_ends()) >= expected,
-            lambda: f"{expected - len(channel.all_ends())} more of {expected} workers of role {channel.other_role()}",
-            left,
-        ):
+        if left <= 0 or not self.wait_for_ends(channel, expected, left):
             return False
         assert self._outgoing is not None
         log.info("Round %d is begun anew: it has %d updates.", self._round, tally.trainers)
