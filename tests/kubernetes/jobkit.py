@@ -8,14 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 from engines import kubectl
+from waiting import blocked_until
 
 TOKEN = "token-of-the-test"
 #: A pod that asks for nothing gets next to nothing of a processor that others use.
@@ -60,15 +59,6 @@ mean = Mean(Config("config.json"))
 mean.compose()
 mean.run()
 """
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Wait for something to come true; gives what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.05)
-    return found
 
 
 def our_address() -> str:
@@ -142,7 +132,7 @@ class Flame:
             job = self.job(id)
             return job if job["state"] in ("completed", "failed", "terminated") else None
 
-        return until(look, seconds)
+        return blocked_until(look, seconds)
 
 
 class Server:
@@ -181,7 +171,7 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, *options], stderr=log, start_new_session=True, env={**environment, "FLAME_TOKEN": TOKEN}
             )
-        self.url = until(self._listens)
+        self.url = blocked_until(self._listens)
         return Flame(self.folder, self.url)
 
     def _listens(self) -> Any:

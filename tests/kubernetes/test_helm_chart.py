@@ -17,7 +17,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engines import ROOT, kubectl
-from jobkit import SHARE, Flame, until
+from jobkit import SHARE, Flame
+from waiting import blocked_until
 
 CHART = ROOT / "deploy" / "helm" / "flame"
 
@@ -158,14 +159,14 @@ def test_a_job_completes_in_the_cluster(release: Release) -> None:
 def test_it_goes_on_when_the_servers_pod_is_killed(release: Release) -> None:
     flame = release.flame()
     job = flame.submit("lasting", hyperparameters={"rounds": 40, "pause": 0.3})
-    until(lambda: len(flame.job(job)["rounds"]) >= 2)
+    blocked_until(lambda: len(flame.job(job)["rounds"]) >= 2)
     workers = kubectl("get", "pods", "-n", release.namespace, "-l", f"flame-job={job}", "-o", "json")
     addresses = {pod["status"]["podIP"] for pod in json.loads(workers)["items"]}
     assert len(addresses) == 3  # each has its own
     before = {task["id"]: (task["worker"], task["attempt"]) for task in flame.tasks(job)}
     old = release.server_pod()
     kubectl("delete", "-n", release.namespace, old, "--force", "--grace-period=0")
-    until(lambda: release.server_pod() not in ("", old))
+    blocked_until(lambda: release.server_pod() not in ("", old))
     again = release.flame()
     done = again.ended(job)
     assert done["state"] == "completed", done
@@ -202,7 +203,7 @@ def test_the_server_may_do_what_it_needs_and_nothing_else(release: Release) -> N
 def test_the_server_runs_without_rights_and_its_workers_without_a_token(release: Release) -> None:
     flame = release.flame()
     job = flame.submit("seen", hyperparameters={"rounds": 1000, "pause": 0.2})
-    until(lambda: flame.job(job)["rounds"])
+    blocked_until(lambda: flame.job(job)["rounds"])
     pods = json.loads(kubectl("get", "pods", "-n", release.namespace, "-o", "json"))["items"]
     server = next(pod for pod in pods if pod["metadata"]["labels"]["app.kubernetes.io/name"] == "flame")
     inside = ("exec", "-n", release.namespace, server["metadata"]["name"], "--")

@@ -12,7 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engines import kubectl
-from jobkit import Flame, Server, until
+from jobkit import Flame, Server
+from waiting import blocked_until
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +38,15 @@ def test_a_job_completes_with_its_workers_as_pods(flame: Flame, namespace: str) 
     assert done["state"] == "completed", done
     assert len(done["rounds"]) == 3
     assert {task["compute"] for task in flame.tasks(job)} == {"cluster"}
-    until(lambda: pods_of(namespace, job) == [])  # nothing is left, and no secret
-    until(lambda: kubectl("get", "secrets", "-n", namespace, "-l", f"flame-job={job}", "-o", "name") == "")
+    blocked_until(lambda: pods_of(namespace, job) == [])  # nothing is left, and no secret
+    blocked_until(lambda: kubectl("get", "secrets", "-n", namespace, "-l", f"flame-job={job}", "-o", "name") == "")
 
 
 def test_an_image_that_is_nowhere_fails_the_job_with_its_name(flame: Flame) -> None:
     flame_image = "registry.invalid/nothing/like-this:1"
     job = flame.submit("lost-image", 1, placement={"trainer": {"image": flame_image}}, restart={"attempts": 0})
     # Said at once, while it is still tried.
-    until(lambda: any("cannot be pulled" in (task.get("reason") or "") for task in flame.tasks(job)), 10)
+    blocked_until(lambda: any("cannot be pulled" in (task.get("reason") or "") for task in flame.tasks(job)), 10)
     done = flame.ended(job, 20)
     assert done["state"] == "failed"
     assert f"Its image '{flame_image}' cannot be pulled" in done["failure"]["message"]
@@ -89,7 +90,7 @@ def test_a_node_without_room_is_told_while_it_lasts_and_then_fails_the_job(flame
     def reason() -> Any:
         return next((task["reason"] for task in flame.tasks(job) if "Insufficient" in (task.get("reason") or "")), None)
 
-    assert "No node takes its pod" in until(reason)
+    assert "No node takes its pod" in blocked_until(reason)
     assert flame.job(job)["state"] == "deploying"
     done = flame.ended(job)
     assert done["state"] == "failed"
@@ -104,13 +105,13 @@ def test_a_pod_deleted_by_hand_is_named_and_replaced_as_often_as_the_job_allows(
     flame: Flame, namespace: str, attempts: int
 ) -> None:
     job = flame.submit("cut", 1, hyperparameters={"rounds": 1000, "pause": 0.2}, restart={"attempts": attempts})
-    until(lambda: flame.job(job)["rounds"])
+    blocked_until(lambda: flame.job(job)["rounds"])
     trainer = next(task for task in flame.tasks(job) if task["role"] == "trainer")
     kubectl("delete", "pod", "-n", namespace, trainer["worker"], "--wait=false")
     cause = f"Its pod {trainer['worker']} was deleted, and not by Flame."
     if attempts:
-        until(lambda: any(cause in warning for warning in flame.job(job)["warnings"]))
-        until(lambda: any(task["attempt"] == 2 and task["state"] == "running" for task in flame.tasks(job)))
+        blocked_until(lambda: any(cause in warning for warning in flame.job(job)["warnings"]))
+        blocked_until(lambda: any(task["attempt"] == 2 and task["state"] == "running" for task in flame.tasks(job)))
         flame("job", "stop", job)
         assert flame.ended(job)["state"] == "terminated"
     else:
@@ -121,7 +122,7 @@ def test_a_pod_deleted_by_hand_is_named_and_replaced_as_often_as_the_job_allows(
 
 def test_a_job_goes_on_when_its_server_is_killed_and_starts_again(flame: Flame, server: Server, namespace: str) -> None:
     job = flame.submit("lasting", hyperparameters={"rounds": 30, "pause": 0.3})
-    until(lambda: len(flame.job(job)["rounds"]) >= 2)
+    blocked_until(lambda: len(flame.job(job)["rounds"]) >= 2)
     before = {task["id"]: (task["worker"], task["attempt"]) for task in flame.tasks(job)}
     server.kill()
     again = server.start()

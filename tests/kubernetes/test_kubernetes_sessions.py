@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "sessions"))
 import sessionkit
 from engines import kubectl
 from jobkit import TOKEN, Server
+from waiting import blocked_until
 
 import flame.sessions
 
@@ -33,14 +33,6 @@ def running(namespace: str) -> list[Any]:
     return list(json.loads(kubectl("get", "pods", "-n", namespace, "-o", "json"))["items"])
 
 
-async def until(condition: Any, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := await asyncio.to_thread(condition)):
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.1)
-    return found
-
-
 async def test_executors_are_pods_that_come_with_the_load_and_go_with_it(server: Server, namespace: str) -> None:
     async with (
         flame.sessions.connect(server.url, TOKEN) as connection,
@@ -53,7 +45,7 @@ async def test_executors_are_pods_that_come_with_the_load_and_go_with_it(server:
         assert await asyncio.gather(*answers) == [number * number for number in range(6000)]
         assert all("flame.sessions.executor" in pod["spec"]["containers"][0]["command"] for pod in pods)
         assert await session.invoke(12) == 144
-    await until(lambda: running(namespace) == [])
+    await asyncio.to_thread(blocked_until, lambda: running(namespace) == [])
 
 
 async def test_a_pod_that_is_deleted_by_hand_costs_no_task(server: Server, namespace: str) -> None:
@@ -68,4 +60,4 @@ async def test_a_pod_that_is_deleted_by_hand_costs_no_task(server: Server, names
             kubectl, "delete", "pod", "-n", namespace, pod["metadata"]["name"], "--force", "--grace-period=0"
         )
         assert await asyncio.gather(*futures) == [number * number for number in range(8000)]
-    await until(lambda: running(namespace) == [])
+    await asyncio.to_thread(blocked_until, lambda: running(namespace) == [])
