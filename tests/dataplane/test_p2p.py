@@ -422,7 +422,7 @@ def test_with_tls_whoever_shows_no_certificate_of_the_authority_is_turned_away(w
 
     aggregator = worker("b", "aggregator", "trainer", **tls)
     stranger = worker("t2", **theirs)
-    assert not trainer.channel.await_join(20)
+    met(aggregator, trainer)
     blocked_until(lambda: aggregator.backend.turned_away)
     assert aggregator.channel.all_ends() == ["t1"]
     assert "b" not in stranger.channel.all_ends()

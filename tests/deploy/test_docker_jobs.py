@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "kubernetes"))
 
 import engines
-from jobkit import Flame, Server, until
+from jobkit import Flame, Server
 from private_docker import PrivateEngine
+from waiting import blocked_until
 
 NEVER = {"attempts": 0}
 
@@ -57,7 +58,7 @@ def test_a_job_completes_with_its_workers_as_containers(flame: Flame) -> None:
     assert done["state"] == "completed", done
     assert len(done["rounds"]) == 3
     assert {task["compute"] for task in flame.tasks(job)} == {"engine"}
-    until(lambda: containers(job) == [])
+    blocked_until(lambda: containers(job) == [])
 
 
 def test_an_image_that_is_nowhere_fails_the_job_with_its_name(flame: Flame) -> None:
@@ -65,7 +66,7 @@ def test_an_image_that_is_nowhere_fails_the_job_with_its_name(flame: Flame) -> N
     done = flame.ended(job)
     assert done["state"] == "failed"
     assert "The image 'localhost:1/like/this:1' is not on the Docker engine" in done["failure"]["message"]
-    until(lambda: containers(job) == [])
+    blocked_until(lambda: containers(job) == [])
 
 
 def test_a_worker_out_of_memory_fails_the_job_with_that_cause(flame: Flame) -> None:
@@ -80,13 +81,13 @@ def test_a_worker_out_of_memory_fails_the_job_with_that_cause(flame: Flame) -> N
 def test_a_container_that_is_removed_by_hand_fails_the_job_with_that_cause(flame: Flame) -> None:
     hyper = {"rounds": 1000, "pause": 0.05}
     job = flame.submit("removed", 1, hyperparameters=hyper, placement=on_engine(), restart=NEVER)
-    until(lambda: flame.job(job)["rounds"])
+    blocked_until(lambda: flame.job(job)["rounds"])
     (trainer,) = (task for task in flame.tasks(job) if task["role"] == "trainer")
     subprocess.run(["docker", "rm", "--force", trainer["worker"]], check=True, capture_output=True)
     done = flame.ended(job)
     assert done["state"] == "failed"
     assert "removed by somebody" in done["failure"]["message"], done["failure"]
-    until(lambda: containers(job) == [])
+    blocked_until(lambda: containers(job) == [])
 
 
 async def test_an_engine_that_is_restarted_fails_the_job_with_that_cause(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ async def test_an_engine_that_is_restarted_fails_the_job_with_that_cause(tmp_pat
         job = await asyncio.to_thread(
             flame.submit, "restarted", 1, hyperparameters=hyper, placement=on_engine(), restart=NEVER
         )
-        await asyncio.to_thread(until, lambda: flame.job(job)["rounds"])
+        await asyncio.to_thread(blocked_until, lambda: flame.job(job)["rounds"])
         await private.end(signal.SIGTERM)
         await private.start()
         done = await asyncio.to_thread(flame.ended, job)
