@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,44 +13,33 @@ from typing import Any
 import msgspec
 
 from flame.chaos import acts
+from flame.chaos.inside import LIST, Inside, read
 from flame.chaos.target import Target
 from flame.errors import UsageError
 from flame.runners.docker_engine import Engine, Refused, Tls
 
-_MODULES = {"flame.flamelet": True, "flame.sdk.launch": False}
-_LIST = 'for folder in /proc/[0-9]*; do echo "$folder"; tr "\\0" "\\n" <"$folder/cmdline"; echo; done 2>/dev/null'
 #: The container is gone, or ends just now.
 _GONE = (404, 409)
 
 
 @dataclass(frozen=True)
-class Inside(Target):
-    """A process in a container.
+class InContainer(Inside):
+    """A process in a container of a Docker engine.
 
     :ivar container: the engine's id of it.
-    :ivar pid: its number in there.
     """
 
     engine: Engine
     container: str
-    pid: int
 
     @property
     def place(self) -> str:
         """See the base class."""
         return f"{self.pid} in container {self.container[:12]}"
 
-    async def kill(self) -> None:
+    async def run(self, script: str) -> str:
         """See the base class."""
-        await _run(self.engine, self.container, f"kill -KILL {self.pid}")
-
-    async def freeze(self) -> None:
-        """See the base class."""
-        await _run(self.engine, self.container, f"kill -STOP {self.pid}")
-
-    async def thaw(self) -> None:
-        """See the base class."""
-        await _run(self.engine, self.container, f"kill -CONT {self.pid}")
+        return await _run(self.engine, self.container, script)
 
     async def cut(self) -> int:
         """See the base class. The kernel must lend us its descriptors, so the engine has to be on this machine, and we root."""
@@ -108,8 +97,8 @@ class Containers:
 
     async def _inside(self, container: str, labels: Mapping[str, str]) -> list[Target]:
         return [
-            Inside(labels["flame.task"], int(labels["flame.attempt"]), flamelet, self._engine, container, pid)
-            for pid, flamelet in _read(await _run(self._engine, container, _LIST))
+            InContainer(labels["flame.task"], int(labels["flame.attempt"]), flamelet, pid, self._engine, container)
+            for pid, flamelet in read(await _run(self._engine, container, LIST))
         ]
 
 
@@ -123,21 +112,6 @@ async def _run(engine: Engine, container: str, script: str) -> str:
         if refusal.code in _GONE or "is not running" in refusal.reason:
             return ""
         raise
-
-
-def _read(listed: str) -> Iterator[tuple[int, bool]]:
-    """The processes of a worker among all those of its container: their numbers, and whether it is the flamelet."""
-    for entry in listed.split("/proc/")[1:]:
-        number, *words = entry.split("\n")
-        if number.isdecimal() and number != "1":  # that one started the others, and has their words in its command
-            for module in _after(words, "-m"):
-                if module in _MODULES:
-                    yield int(number), _MODULES[module]
-
-
-def _after(words: Sequence[str], option: str) -> Sequence[str]:
-    at = words.index(option) + 1 if option in words else len(words)
-    return words[at : at + 1]
 
 
 def _outside(first: int, pid: int) -> int | None:

@@ -108,9 +108,8 @@ class Trial:
             if job.state.ended:
                 raise UsageError(f"Job {id} has ended ({job.state.value}); there is nothing to disturb any more.")
             deeds = self._plan(job, await _roles(client, job))
-            with await _reach(client, folder) as reach:
-                async with _stopped_at_last(client, job.id):
-                    ended, done = await self._run(_Ground(client, server, folder, reach), job, deeds)
+            async with await _reach(client, folder) as reach, _stopped_at_last(client, job.id):
+                ended, done = await self._run(_Ground(client, server, folder, reach), job, deeds)
             return self._outcome(ended, done, None)
 
     def _outcome(self, job: Job, done: list[Done], same: bool | None) -> Outcome:
@@ -152,8 +151,10 @@ class Trial:
         checking = asyncio.create_task(_check(ground, job.id, deeds))
         carrying = asyncio.create_task(drill.carry_out(deeds, ended))
         waiting = asyncio.create_task(client.jobs.wait(job.id))
-        under_way: set[asyncio.Task[Any]] = {checking, carrying, waiting}
+        holding = asyncio.create_task(ground.reach.hold(job.id, ground.folder))
+        all_work: set[asyncio.Task[Any]] = {checking, carrying, waiting, holding}
         try:
+            under_way = all_work
             while waiting in under_way:
                 done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -161,9 +162,9 @@ class Trial:
             ended.set()
             return waiting.result(), await carrying
         finally:
-            for task in (checking, carrying, waiting):
+            for task in all_work:
                 task.cancel()
-            await asyncio.gather(checking, carrying, waiting, return_exceptions=True)
+            await asyncio.gather(*all_work, return_exceptions=True)
 
 
 class _Ground(NamedTuple):
@@ -194,7 +195,7 @@ async def _private(computes: Path | None) -> AsyncIterator[_Ground]:
             await server.start()
             async with Client(server.url, token) as client:
                 identity = (await client.info()).id
-                with await _reach(client, folder) as reach:
+                async with await _reach(client, folder) as reach:
                     try:
                         yield _Ground(client, server, folder, reach)
                     finally:

@@ -60,9 +60,9 @@ def chaos(  # noqa: PLR0917 - click gives them by name
     WHEN  round=N, or a phase: start, deploy, distribute, train, upload, aggregate, save, stop;
           or PHASE=N for round N. It is drawn where it is left out.
 
-    What it reaches: workers that are processes of this machine, and workers in containers of Docker engines; not workers in pods or of participants.
-    In a container, flamelet is what keeps it running; connections are cut there by root on the engine's machine alone, and only workers of an
-    engine on this machine come to a WHEN. The exit status is 0 only if the job completed, and with --compare with the same model.
+    What it reaches: workers that are processes of this machine, in containers of Docker engines, and in pods of clusters whose credentials are on
+    this machine; not those of participants. In a container or pod, flamelet is what keeps it running. Connections are cut in a container by root on
+    the engine's machine alone, and in pods not at all; workers in containers of an engine elsewhere do not come to a WHEN. The exit status is 0 only if the job completed, and with --compare with the same model.
     """
     from flame.chaos import interrupt
     from flame.chaos.plan import duration

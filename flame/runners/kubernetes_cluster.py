@@ -11,8 +11,8 @@ import importlib
 import logging
 import os
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,35 @@ class Cluster:
                     yield event
             except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
                 raise self._unreachable(error) from error
+
+    @asynccontextmanager
+    async def websocket(
+        self, path: str, query: Sequence[tuple[str, str]]
+    ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """A conversation with something in the cluster, for as long as the context lasts.
+
+        :raises flame.runners.kubernetes_cluster.Refused: the answer is no.
+        :raises flame.errors.RunnerError: there is no answer, or the connection breaks.
+        """
+        from kubernetes_asyncio.stream import WsApiClient
+
+        async with WsApiClient(self._configuration) as client:
+            try:
+                asking = await client.call_api(
+                    path, "GET", query_params=list(query), auth_settings=["BearerToken"], _preload_content=False
+                )
+                async with asyncio.timeout(_ANSWER):
+                    socket: aiohttp.ClientWebSocketResponse = await asking
+            except aiohttp.WSServerHandshakeError as error:
+                raise _refused({"code": error.status, "message": error.message}) from error
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise self._unreachable(error) from error
+            try:
+                yield socket
+            except aiohttp.ClientError as error:
+                raise self._unreachable(error) from error
+            finally:
+                await socket.close()
 
     async def close(self) -> None:
         """Let go of the connections."""

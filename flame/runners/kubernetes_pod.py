@@ -25,6 +25,8 @@ _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,57}[a-z0-9])?")
 _FOLDER = "/flame"
 _ENVIRONMENT = f"{_FOLDER}/environment"
+#: Where crashes are tried, the folder in which a worker is told where (:mod:`flame.sdk.chaospoints`): none of the server's, which no pod sees.
+POINTS = f"{_FOLDER}/points"
 # The installer says which interpreter has it all: the image's own, where nothing was missing.
 _WITH_DEPENDENCIES = (
     f"import os; p = open('{_ENVIRONMENT}/python').read(); os.execv(p, [p, '-P', '-m', os.environ['FLAME_MODULE']])"
@@ -34,6 +36,11 @@ _WITH_DEPENDENCIES = (
 def selector(instance: str) -> str:
     """What finds all pods of a server."""
     return f"flame-instance={_label(instance)}"
+
+
+def selector_of_job(job: str) -> str:
+    """What finds all pods of a job."""
+    return f"flame-job={_label(job)}"
 
 
 def pod_name(instance: str, worker: WorkerSpec | WorkerInfo) -> str:
@@ -132,6 +139,8 @@ def make_secret(name: str, pod: Object, environment: Mapping[str, str]) -> Objec
 
     :param pod: as the cluster has made it.
     """
+    if "FLAME_CHAOS" in environment:
+        environment = {**environment, "FLAME_CHAOS": POINTS}
     return {
         "apiVersion": "v1",
         "kind": "Secret",

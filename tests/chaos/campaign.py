@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -235,6 +235,7 @@ class Lane:
         self.chaos.mkdir()
         self.leftovers = Leftovers(folder, self.data, self.chaos, containers=kind == "docker")
         self.reach = Reach()
+        self._stack = AsyncExitStack()
         self._id = ""
         self.token: str | None = None
         self.parts: dict[str, Part] = {}
@@ -276,7 +277,7 @@ class Lane:
             for part in self.parts.values():
                 await part.start()
             async with Client(self.server.url, self.token) as client:
-                self.reach = Reach(await client.computes.list())
+                self.reach = await self._stack.enter_async_context(Reach(await client.computes.list()))
                 self._id = (await client.info()).id
             job, _ = await self._run([], Random(0))
             assert job.state is JobState.COMPLETED, job.failure
@@ -295,7 +296,7 @@ class Lane:
         for part in self.parts.values():
             part.kill()
         await self.reach.remove(self._id)
-        self.reach.close()
+        await self._stack.aclose()
         await end_all(self.chaos)
 
     async def run(self, case: Case, random: Random) -> Result:

@@ -1,5 +1,7 @@
 """Who cannot be reached is said in a sentence, and only when that is sure."""
 
+import json
+
 import pytest
 
 from flame.chaos.reach import Reach
@@ -12,14 +14,23 @@ def compute(name, kind, **config):
 
 
 @pytest.fixture
-def reach():
+async def reach(tmp_path):
+    kubeconfig = tmp_path / "kubeconfig"
+    there = {"name": "there", "cluster": {"server": "http://127.0.0.1:9"}}
+    context = {"name": "there", "context": {"cluster": "there", "user": "me"}}
+    users = [{"name": "me", "user": {"token": "of-the-test"}}]
+    text = {"clusters": [there], "contexts": [context], "users": users, "current-context": "there"}
+    kubeconfig.write_text(json.dumps(text))
     computes = [
         compute("here", "local"),
         compute("engine", "docker"),
         compute("far", "docker", host="tcp://203.0.113.1:2375"),
-        compute("cluster", "kubernetes"),
+        compute("cluster", "kubernetes", kubeconfig=str(kubeconfig)),
+        compute("lost", "kubernetes", kubeconfig=str(tmp_path / "nothing")),
+        compute("closed", "kubernetes", credentials="***"),
+        compute("theirs", "batch"),
     ]
-    with Reach(computes) as made:
+    async with Reach(computes) as made:
         yield made
 
 
@@ -38,26 +49,34 @@ def tasks(*computes):
     ]
 
 
-def test_workers_in_pods_cannot_be_hit(reach):
-    with pytest.raises(
-        UsageError, match=r"The trainer cannot be hit: it runs on the compute cluster \(kubernetes\), which"
-    ):
-        reach.check_target("trainer", tasks("cluster", "cluster"))
+@pytest.mark.parametrize(
+    ("computes", "says"),
+    [
+        (["theirs"], r"the compute theirs \(batch\), which flame chaos does not reach"),
+        (["lost"], r"the compute lost \(kubernetes: The cluster's credentials cannot be read: .*nothing'\), which"),
+        (["closed", "theirs"], r"closed \(kubernetes: its credentials are known to the server alone; .* and .* theirs"),
+    ],
+)
+async def test_workers_where_nothing_can_be_done_cannot_be_hit(reach, computes, says):
+    with pytest.raises(UsageError, match=f"The trainer cannot be hit: it runs on .*{says}"):
+        reach.check_target("trainer", tasks(*computes))
 
 
-@pytest.mark.parametrize("computes", [["here"], ["engine"], ["far"], ["cluster", "here"], ["cluster", None], []])
-def test_where_one_may_be_reached_nothing_is_said(reach, computes):
+@pytest.mark.parametrize(
+    "computes", [["here"], ["engine"], ["far"], ["cluster"], ["theirs", "here"], ["cluster", None], []]
+)
+async def test_where_one_may_be_reached_nothing_is_said(reach, computes):
     reach.check_target("trainer", tasks(*computes))
 
 
 @pytest.mark.parametrize(
-    ("computes", "says"), [(["far"], r"compute far \(docker\)"), (["cluster", "far"], "cluster .* and .* far")]
+    ("computes", "says"), [(["far"], r"compute far \(docker\)"), (["lost", "far"], "far .* and .* lost")]
 )
-def test_a_moment_that_no_worker_can_be_held_at_is_said(reach, computes, says):
+async def test_a_moment_that_no_worker_can_be_held_at_is_said(reach, computes, says):
     with pytest.raises(UsageError, match=f"Nobody can be held at upload: .*{says}"):
         reach.check_moment("upload", tasks(*computes))
 
 
-@pytest.mark.parametrize("computes", [["here"], ["engine", "cluster"], ["far", None]])
-def test_a_moment_to_which_one_may_come_is_none(reach, computes):
+@pytest.mark.parametrize("computes", [["here"], ["engine", "theirs"], ["far", "cluster"], ["far", None]])
+async def test_a_moment_to_which_one_may_come_is_none(reach, computes):
     reach.check_moment("upload", tasks(*computes))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
 import engines
 from survivalkit import central
 
-from flame.chaos.containers import Inside
+from flame.chaos.containers import InContainer
 from flame.chaos.server import Server
 from flame.chaos.trial import our_address
 from flame.runners.docker_engine import Engine, Refused
@@ -154,7 +154,7 @@ class Late(Engine):
 async def test_a_container_that_ends_just_before_it_is_hit_is_gone_like_any_other(code, reason):
     engine = Late()
     engine.code, engine.reason = code, reason
-    await Inside("task", 1, False, engine, "c", 7).kill()
+    await InContainer("task", 1, False, 7, engine, "c").kill()
     engine.close()
 
 
@@ -162,5 +162,5 @@ async def test_an_engine_that_refuses_for_another_reason_is_heard():
     engine = Late()
     engine.code, engine.reason = 500, "no space left on device"
     with pytest.raises(Refused, match="no space left"):
-        await Inside("task", 1, False, engine, "c", 7).kill()
+        await InContainer("task", 1, False, 7, engine, "c").kill()
     engine.close()
