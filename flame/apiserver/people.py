@@ -33,6 +33,12 @@ class AuditQuery(Query, frozen=True, kw_only=True):
     refused: bool = False
 
 
+class RevokeQuery(Query, frozen=True, kw_only=True):
+    """``descendants``: also the tokens that were made with it, and with those."""
+
+    descendants: bool = False
+
+
 async def whoami(call: Call[None, NoQuery]) -> Known:
     """Say who the server takes the caller for."""
     who = call.principal
@@ -41,7 +47,7 @@ async def whoami(call: Call[None, NoQuery]) -> Known:
 
 async def create_user(call: Call[UserForm, NoQuery]) -> NewUser:
     """Make a user."""
-    return await call.api.controller.accounts.create_user(call.body)
+    return await call.api.controller.accounts.create_user(call.body, call.principal)
 
 
 async def find_users(call: Call[None, NoQuery]) -> Page[User]:
@@ -74,9 +80,10 @@ async def find_tokens(call: Call[None, NoQuery]) -> Page[Token]:
     return Page(items=call.api.controller.accounts.tokens(call.principal))
 
 
-async def revoke(call: Call[None, NoQuery]) -> None:
+async def revoke(call: Call[None, RevokeQuery]) -> None:
     """Revoke a token."""
-    await call.api.controller.accounts.revoke(call.path("id"), call.principal)
+    accounts = call.api.controller.accounts
+    await accounts.revoke(call.path("id"), call.principal, descendants=call.query.descendants)
 
 
 async def create_project(call: Call[ProjectForm, NoQuery]) -> Project:
@@ -182,7 +189,8 @@ ROUTES = [
         method="DELETE",
         path="/v1/tokens/{id}",
         handler=revoke,
-        summary="Revoke one of your tokens; an admin may revoke any.",
+        summary="Revoke one of your tokens; an admin may revoke any. With descendants, also what was made with it.",
+        query=RevokeQuery,
         access=Access.SIGNED_IN,
         status=204,
         refusals=(404,),

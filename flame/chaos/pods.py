@@ -191,6 +191,7 @@ class _Mirror:
         self._held: set[str] = set()  # what was taken there, and counts here
         self._late: set[str] = set()  # what was taken there when another had been faster
         self._work = asyncio.create_task(self._keep())
+        self._work.add_done_callback(self._ended)
 
     def see(self, phase: str) -> None:
         """What the cluster says of the pod."""
@@ -206,7 +207,7 @@ class _Mirror:
     async def _keep(self) -> None:
         command = ["python", "-c", inspect.getsource(far_points), kubernetes_pod.POINTS]
         loop, since = asyncio.get_running_loop(), None
-        while not self._failed.done():
+        while True:
             try:
                 async with execute(self._cluster, self._pod, command, talk=True) as running:
                     since = None
@@ -216,20 +217,21 @@ class _Mirror:
                 said = error.message
                 if isinstance(error, Refused) and error.code in _FORBIDDEN:
                     namespace = self._cluster.namespace
-                    self._fail(f"The credentials lack the right to create pods/exec in the namespace {namespace}.")
+                    raise self._unable(
+                        f"The credentials lack the right to create pods/exec in the namespace {namespace}."
+                    ) from error
             if self._running:
                 since = since or loop.time()
                 if loop.time() - since > _PATIENCE:
-                    self._fail(said)
+                    raise self._unable(said or "It does not answer.")
             await asyncio.sleep(_AGAIN)
 
-    def _fail(self, why: str) -> None:
-        if not self._failed.done():
-            self._failed.set_exception(
-                UsageError(
-                    f"The worker in the pod {self._pod} cannot be held at a moment: {why or 'it does not answer'}"
-                )
-            )
+    def _ended(self, work: asyncio.Task[None]) -> None:
+        if not work.cancelled() and (error := work.exception()) is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    def _unable(self, why: str) -> UsageError:
+        return UsageError(f"The worker in the pod {self._pod} cannot be held at a moment: {why}")
 
     async def _follow(self, running: Execution) -> None:
         """Pass on what changes on either side, until the command over there ends."""

@@ -47,15 +47,19 @@ def list_(server: str | None, how: str) -> None:
     output.show(found, how, lambda: _table(found))
 
 
-@token.command(context_settings=CONTEXT, epilog=examples("flame token revoke 3f2a9c01d4e8"))
+@token.command(
+    context_settings=CONTEXT,
+    epilog=examples("flame token revoke 3f2a9c01d4e8", "flame token revoke 3f2a9c01d4e8 --descendants"),
+)
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.option("--descendants", is_flag=True, help="Also the tokens that were made with them, and with those.")
 @server_option
-def revoke(ids: tuple[str, ...], server: str | None) -> None:
-    """Make tokens worthless, at once."""
+def revoke(ids: tuple[str, ...], descendants: bool, server: str | None) -> None:
+    """Make tokens worthless, at once. Of one that was stolen, take the descendants, too."""
 
     async def do(client: Client) -> None:
         for one in ids:
-            await client.tokens.revoke(one)
+            await client.tokens.revoke(one, descendants=descendants)
 
     ask(server, do)
     output.note(f"Revoked {', '.join(ids)}.")
@@ -64,12 +68,13 @@ def revoke(ids: tuple[str, ...], server: str | None) -> None:
 def _table(tokens: list[Token]) -> None:
     now = time.time()
     output.table(
-        ["ID", "USER", "DESCRIPTION", "CREATED", "EXPIRES"],
+        ["ID", "USER", "DESCRIPTION", "MADE BY", "CREATED", "EXPIRES"],
         [
             [
                 one.id,
                 one.user,
                 one.description,
+                one.made_by,
                 output.when(one.created_at),
                 output.when(one.expires_at) if one.expires_at > now else "expired",
             ]

@@ -69,9 +69,12 @@ class Tokens(Noun):
         """The tokens."""
         return (await self._session.call("GET", "/v1/tokens", into=Page[Token])).items
 
-    async def revoke(self, id: str) -> None:
-        """Make a token worthless, at once."""
-        await self._session.call("DELETE", f"/v1/tokens/{id}")
+    async def revoke(self, id: str, *, descendants: bool = False) -> None:
+        """Make a token worthless, at once.
+
+        :param descendants: also those that were made with it, and with those.
+        """
+        await self._session.call("DELETE", f"/v1/tokens/{id}", query={"descendants": "true" if descendants else None})
 
 
 class Projects(Noun):

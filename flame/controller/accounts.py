@@ -87,9 +87,10 @@ class Accounts:
 
     # ------------------------------------------------------------------------------------------------- users
 
-    async def create_user(self, form: UserForm) -> NewUser:
+    async def create_user(self, form: UserForm, by: Principal = LOCAL) -> NewUser:
         """Make a user and their first token.
 
+        :param by: who asks.
         :raises flame.errors.Conflict: there is one of that name.
         :raises flame.errors.SpecError: the first user must be an admin, as nobody else could make the next.
         """
@@ -107,7 +108,11 @@ class Accounts:
             raise Conflict(f"There is a user {user.name!r} already.") from None
         await self._forget_all(user.name)  # of somebody who had this name before, and was removed in the same instant
         # The token is there before the user counts: from the first user on nobody gets in without one.
-        token = await self._issue(user.name, TokenForm(description="the first one"))
+        try:
+            token = await self._issue(user.name, TokenForm(description="the first one"), by)
+        except Unauthorized:
+            await self._users.delete(user.name)
+            raise
         self._known[user.name] = saved
         if len(self._known) == 1:
             self._standing.end(("user", LOCAL.name), Unauthorized("This server has users now: it needs a token."))
@@ -171,36 +176,51 @@ class Accounts:
         if name != by.name and not by.admin:
             raise Forbidden(f"Only an admin makes tokens for others; {by.name!r} is none.")
         self._user(name)
-        return await self._issue(name, form)
+        return await self._issue(name, form, by)
 
     def tokens(self, by: Principal) -> list[Token]:
         """The tokens: one's own, or for an admin all; the oldest first."""
         found = [one.record.token for one in self._shown.values() if by.admin or one.record.token.user == by.name]
         return sorted(found, key=lambda token: (token.created_at, token.id))
 
-    async def revoke(self, id: str, by: Principal) -> None:
+    async def revoke(self, id: str, by: Principal, *, descendants: bool = False) -> None:
         """Make a token worthless, at once.
 
+        :param descendants: also those that were made with it, and with those, as far as they are one's own or one is an admin; also
+            when it is gone itself.
         :raises flame.errors.NotFound: there is none of this id, or it is somebody else's.
         """
-        saved = self._shown.get(id)
-        if saved is None or not (by.admin or saved.record.token.user == by.name):
-            raise NotFound(f"There is no token {id!r}.")
-        await self._forget(saved)
 
-    async def _issue(self, user: str, form: TokenForm) -> NewToken:
+        family = {id}
+
+        def doomed() -> list[Saved[StoredToken]]:
+            mine = [one for one in self._shown.values() if by.admin or one.record.token.user == by.name]
+            return [one for one in mine if one.id in family or (descendants and one.record.token.made_by in family)]
+
+        if not doomed():
+            raise NotFound(f"There is no token {id!r}.")
+        while found := doomed():
+            for one in found:
+                await self._forget(one)
+                family.add(one.id)
+
+    async def _issue(self, user: str, form: TokenForm, by: Principal) -> NewToken:
         await self._forget_expired()
         now = time.time()
         secret = PREFIX + secrets.token_urlsafe(32)
         token = Token(
             id=secrets.token_hex(6),
             user=user,
+            made_by=by.token,
             description=form.description,
             created_at=now,
             expires_at=now + form.days * _DAY,
         )
         stored = StoredToken(token=token, hash=_hash(secret))
-        self._shown[token.id] = await self._tokens.insert(token.id, stored)
+        saved = self._shown[token.id] = await self._tokens.insert(token.id, stored)
+        if by.token and by.token not in self._shown:
+            await self._forget(saved)
+            raise Unauthorized("This token is no longer valid: it was revoked.")
         self._by_hash[stored.hash] = stored
         return NewToken(**msgspec.structs.asdict(token), token=secret)
 

@@ -101,10 +101,14 @@ class TokenForm(Form, frozen=True, kw_only=True):
 
 
 class Token(Record, kw_only=True):
-    """What is shown of a token: everything but itself. ``id`` is not secret, and is enough to revoke it."""
+    """What is shown of a token: everything but itself. ``id`` is not secret, and is enough to revoke it.
+
+    :ivar made_by: the id of the token with which it was made; empty: with none of the store's.
+    """
 
     id: str
     user: str
+    made_by: str = ""
     description: str = ""
     created_at: float = 0.0
     expires_at: float = 0.0

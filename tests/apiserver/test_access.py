@@ -21,7 +21,7 @@ from flame.controller.standing import Standing
 from flame.errors import Conflict, NotFound, SpecError, StoreError, TooManyRequests, Unauthorized, UsageError
 from flame.process import run_server
 from flame.serve import ServeSettings, serve
-from flame.spec.people import LOCAL, TokenForm, UserForm, UserRole
+from flame.spec.people import LOCAL, NewToken, NewUser, Principal, TokenForm, UserForm, UserRole
 from flame.store import open_store
 
 # ------------------------------------------------------------------------------------------------- the limiter
@@ -114,6 +114,63 @@ async def test_what_is_kept_of_a_token_is_no_use_to_who_reads_the_store(tmp_path
     assert (found.name, found.role) == ("ada", UserRole.ADMIN)
     assert again.principal(secret[:-1]) is None
     assert again.principal(made.token.id) is None
+    await store.close()
+
+
+async def test_what_was_made_with_a_token_goes_with_it_if_asked_for(tmp_path: Path) -> None:
+    store = open_store("sqlite:///state.db", tmp_path)
+    accounts = Accounts(store, Standing())
+    await accounts.open()
+
+    def holder(secret: str) -> Principal:
+        found = accounts.principal(secret)
+        assert found is not None
+        return found
+
+    root = (await accounts.create_user(UserForm(name="ada", role=UserRole.ADMIN))).token
+    stolen = await accounts.create_token(TokenForm(), holder(root.token))
+    child = await accounts.create_token(TokenForm(), holder(stolen.token))
+    grandchild = await accounts.create_token(TokenForm(), holder(child.token))
+    ben = (await accounts.create_user(UserForm(name="ben"), holder(stolen.token))).token
+    other = await accounts.create_token(TokenForm(), holder(root.token))
+    eve = (await accounts.create_user(UserForm(name="eve"))).token
+    assert (root.made_by, stolen.made_by, ben.made_by) == ("", root.id, stolen.id)
+    await accounts.revoke(stolen.id, holder(root.token))
+    assert accounts.principal(child.token) is not None  # somebody may have made it in good faith
+    with pytest.raises(NotFound):
+        await accounts.revoke(stolen.id, holder(eve.token), descendants=True)  # none of them is hers
+    await accounts.revoke(stolen.id, holder(root.token), descendants=True)
+    again = Accounts(store, Standing())
+    await again.open()
+    for place in (accounts, again):
+        good = [
+            token.id for token in (root, stolen, child, grandchild, ben, other, eve) if place.principal(token.token)
+        ]
+        assert good == [root.id, other.id, eve.id]
+    await store.close()
+
+
+async def test_nothing_is_made_with_a_token_while_it_is_revoked(tmp_path: Path) -> None:
+    store = open_store("sqlite:///state.db", tmp_path)
+    accounts = Accounts(store, Standing())
+    await accounts.open()
+    await accounts.create_user(UserForm(name="ada", role=UserRole.ADMIN))
+    refused = 0
+    for number in range(20):
+        stolen = await accounts.create_token(TokenForm(user="ada"), LOCAL)
+        thief = accounts.principal(stolen.token)
+        assert thief is not None
+        work = [
+            accounts.create_token(TokenForm(description="theirs"), thief),
+            accounts.revoke(stolen.id, LOCAL, descendants=True),
+            accounts.create_user(UserForm(name=f"thief-{number}"), thief),
+        ]
+        ended = await asyncio.gather(*work, return_exceptions=True)
+        refused += sum(isinstance(one, Unauthorized) for one in ended)
+        assert all(one is None or isinstance(one, Unauthorized | NewToken | NewUser) for one in ended), ended
+        assert not [token for token in accounts.tokens(LOCAL) if token.made_by == stolen.id]
+        assert {user.name for user in accounts.users()} == {user.body["name"] for user in await store.find("users")}
+    assert refused
     await store.close()
 
 

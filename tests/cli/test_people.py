@@ -45,7 +45,13 @@ def test_from_no_users_to_a_team(flame: Any, server: Any) -> None:
     short = flame.json("token", "create", "--days", "1", "--description", "laptop")
     assert [one["description"] for one in flame.json("token", "list")] == ["the first one", "laptop"]
     assert short["token"] not in flame("token", "list")
-    flame("token", "revoke", short["id"])
+    flame.environment["FLAME_TOKEN"] = short["token"]
+    made = flame.json("token", "create")
+    assert made["madeBy"] == short["id"]
+    flame.environment["FLAME_TOKEN"] = theirs
+    flame("token", "revoke", short["id"], "--descendants")
+    flame.environment["FLAME_TOKEN"] = made["token"]
+    assert "was revoked" in flame.refused("job", "list")
     flame.environment["FLAME_TOKEN"] = short["token"]
     assert "was revoked" in flame.refused("job", "list")
     del flame.environment["FLAME_TOKEN"]
