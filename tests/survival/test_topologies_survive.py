@@ -80,6 +80,17 @@ WHOLE = {
         lambda folder: tree(folder, deterministic=False, policy={"minTrainers": 4}),
         ["middle@aggregate@2.kill", "trainer@train@3.kill", "trainer@upload@4.kill", "middle@upload@5.kill"],
     ),
+    "coordinated": (
+        lambda folder: coordinated(folder, deterministic=False, policy={"minTrainers": 4}),
+        [
+            "trainer@train@1.kill",
+            "middle@aggregate@2.kill",
+            "trainer@train@3.kill",
+            "coordinator@pair_mid_aggs_and_trainers@3.kill",
+            "trainer@upload@4.kill",
+            "middle@upload@5.kill",
+        ],
+    ),
     "overlapping": (
         lambda folder: central(
             folder,

@@ -28,9 +28,11 @@ TAG_COORDINATE_WITH_TOP_AGG = "coordinateWithTopAgg"
 TAG_COORDINATE_WITH_MID_AGG = "coordinateWithMidAgg"
 TAG_COORDINATE_WITH_TRAINER = "coordinateWithTrainer"
 
-#: What the top says with its question: the aggregators that have nothing to do, and those that died in this round.
+#: What the top says with its question: the aggregators that have nothing to do, those that died in this round, and for a round that is
+#: begun anew, for want of trainers, how long to wait for them, in seconds.
 ASK_IDLE = "idle"
 ASK_LOST = "lost"
+ASK_PATIENCE = "patience"
 #: What an aggregator reports: how long it was busy with how many updates.
 LOAD_SECONDS = "seconds"
 LOAD_UPDATES = "updates"
@@ -91,6 +93,8 @@ class Coordinator(Role):
         if not told.get(ASK_LOST):
             self.agg_to_trainer = {}
             self._await_all(middles, workers)
+            if patience := float(told.get(ASK_PATIENCE, 0.0)):
+                self.wait_for_ends(workers, self.config.policy.min_trainers, patience)
             lost = workers.all_ends()
         trainers = sorted({end for end in lost if workers.has(end)}, key=lambda end: order_of(workers, end))
         wanted = list(told.get(ASK_IDLE, ()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flame.errors import RoundFailed, WorkerError
 from flame.sdk.channel import Channel
 from flame.sdk.mode.farewell import FAREWELL_SECONDS, say_done
-from flame.sdk.mode.horizontal.coord_syncfl.coordinator import ASK_IDLE, ASK_LOST
+from flame.sdk.mode.horizontal.coord_syncfl.coordinator import ASK_IDLE, ASK_LOST, ASK_PATIENCE
 from flame.sdk.mode.horizontal.syncfl.rounds import TAG_AGGREGATE, TAG_DISTRIBUTE, Tally
 from flame.sdk.mode.horizontal.syncfl.top_aggregator import TopAggregator as SyncTopAggregator
 from flame.sdk.mode.message import MessageType
@@ -37,24 +39,32 @@ class TopAggregator(SyncTopAggregator):
                 f"{channel.other_role()} to give them to."
             )
 
-    def _ask(self, channel: Channel, lost: list[str], free: list[str] | None = None) -> list[str]:
+    def _ask(
+        self, channel: Channel, lost: list[str], free: list[str] | None = None, patience: float = 0.0
+    ) -> list[str]:
         """Ask the coordinator for this round's aggregators, or for who takes over from lost ones. One that is replaced is asked anew.
 
         :param free: who may be given something; None: everyone who has nothing to do.
+        :param patience: how long to wait for as many trainers as a round needs, in seconds.
         """
         coordinator = self.channel(TAG_COORDINATE)
         patient = self.config.restart.of(coordinator.other_role()).attempts > 0
         while True:
             self.await_peer(coordinator)
             answer = self._ask_once(
-                coordinator, {ASK_IDLE: self._idle(channel) if free is None else free, ASK_LOST: lost}
+                coordinator,
+                {
+                    ASK_IDLE: self._idle(channel) if free is None else free,
+                    ASK_LOST: lost,
+                    ASK_PATIENCE: patience,
+                },
             )
             if answer is not None:
                 return answer
             if not patient:
                 raise WorkerError(f"The coordinator left in round {self._round}: nobody says who works with whom.")
 
-    def _ask_once(self, coordinator: Channel, question: dict[str, list[str]]) -> list[str] | None:
+    def _ask_once(self, coordinator: Channel, question: dict[str, Any]) -> list[str] | None:
         """What the coordinator says; None when it has left."""
         end = next(iter(coordinator.all_ends()), None)
         if end is not None:
@@ -79,9 +89,10 @@ class TopAggregator(SyncTopAggregator):
         """See :class:`RoundAggregator`."""
         return [end for end in self._coordinated if channel.has(end)]
 
-    def _begin_again(self, channel: Channel, patience: float) -> bool:
-        """See :class:`RoundAggregator`: no; who works with whom in this round is settled."""
-        return False
+    def _choose_anew(self, channel: Channel, patience: float) -> list[str]:
+        """See the base class: the coordinator waits for the trainers that are missing, and spreads all of them anew."""
+        self._made_up = set()
+        return [end for end in self._ask(channel, [], patience=patience) if channel.has(end)]
 
     def _make_up(self, channel: Channel, tally: Tally) -> bool:
         """See :class:`RoundAggregator`: others take over the trainers of an aggregator that has left."""

@@ -149,14 +149,24 @@ class TopAggregator(RoundKeeper, RoundAggregator):
         left = self._until - time.monotonic()
         if left <= 0 or not self.wait_for_ends(channel, expected, left):
             return False
+        chosen = self._choose_anew(channel, max(SHORT_WAIT, self._until - time.monotonic()))
+        if not chosen:
+            return False
         assert self._outgoing is not None
         log.info("Round %d is begun anew: it has %d updates.", self._round, tally.trainers)
         self._tries += 1
         self._again = max(SHORT_WAIT, self._until - time.monotonic())
         self._tally = Tally(None)
         self._optimizer.begin(self._outgoing[MessageType.WEIGHTS], self._round)
-        self._give_to(channel, channel.all_ends())
+        self._give_to(channel, chosen)
         return True
+
+    def _choose_anew(self, channel: Channel, patience: float) -> list[str]:
+        """Who is given a round that is begun anew.
+
+        :param patience: how long there may be waited for somebody, in seconds.
+        """
+        return channel.all_ends()
 
     def _too_few(self, least: int) -> RoundFailed:
         """What a round that cannot be completed ends in."""
