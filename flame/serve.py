@@ -330,6 +330,6 @@ def _registry(data_dir: Path, artifacts: Artifacts) -> Any:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.new")  # the same each time: what a killed server leaves is the next one's
     partial.write_text(text)
     partial.replace(path)

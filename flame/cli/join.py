@@ -281,7 +281,7 @@ def _secret(folder: Path) -> str:
     path = folder / "participant"
     try:
         if not path.exists():
-            partial = folder / f"participant.{os.getpid()}"
+            partial = folder / "participant.new"
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
                 file.write(secrets.token_urlsafe(32))
             partial.replace(path)

@@ -32,7 +32,7 @@ class Keys:
         """
         try:
             if not path.exists():
-                partial = path.with_name(f"{path.name}.{os.getpid()}")
+                partial = path.with_name(f"{path.name}.new")
                 descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(secrets.token_bytes(32))

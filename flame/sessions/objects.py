@@ -169,7 +169,7 @@ class HostObjects:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.is_file():
                 return path
-            partial = path.with_name(f"{digest}.{os.getpid()}")
+            partial = self._cache / "coming"  # one at a time: what a killed process has left of another is overwritten
             try:
                 self._fill(partial, digest)
                 self._clean(partial.stat().st_size)

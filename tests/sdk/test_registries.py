@@ -93,6 +93,42 @@ def test_many_jobs_at_once_get_a_version_each(tmp_path):
     assert not list((tmp_path / "kept" / "models" / "digits").glob(".*"))
 
 
+STUCK = """
+import shutil, sys, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_registries import opened, model_file
+def copyfile(source, target):
+    target.write_bytes(b"half of it")
+    print("in the middle", flush=True)
+    time.sleep(600)
+shutil.copyfile = copyfile
+folder = Path({folder!r})
+registry, _ = opened(folder, "local", folder / "kept", job="j1")
+registry.save_model("digits", None, model_file(folder))
+"""
+
+
+def test_what_a_killed_worker_has_begun_is_taken_over_and_not_left(tmp_path):
+    script = STUCK.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as stuck:
+        assert stuck.stdout.readline() == "in the middle\n"
+        stuck.kill()
+    versions = tmp_path / "kept" / "models" / "digits"
+    (begun,) = versions.iterdir()
+    another = versions / ".new-j2-busy"
+    another.mkdir()
+    forgotten = versions / ".new-j3-gone"
+    forgotten.mkdir()
+    os.utime(forgotten, (1.0, 1.0))
+    registry, link = opened(tmp_path, "local", tmp_path / "kept", job="j1")
+    registry.save_model("digits", None, model_file(tmp_path))
+    assert not begun.exists()
+    assert sorted(path.name for path in versions.iterdir()) == [another.name, "1"]
+    assert registry.load_model("digits", 1)["w"].tolist() == [1, 1, 1]
+    assert not link.of("warning")
+
+
 def test_a_local_registry_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path):
     (tmp_path / "kept").write_text("a file where the folder should be")
     registry, link = opened(tmp_path, "local", tmp_path / "kept")

@@ -5,15 +5,16 @@
     ROOT/models/NAME/VERSION/        model.safetensors and about.json; versions count from 1
 
 Several jobs may write at once: a version's folder is made beside its place and moved there whole, and the next number
-is tried when another job was faster. ROOT is ``registry.uri`` (a path or a ``file:`` URL), else ``./registry``.
+is tried when another job was faster. What is made beside has the task's name, so that whoever comes after a worker that was killed in
+the middle takes it over and nothing is left. ROOT is ``registry.uri`` (a path or a ``file:`` URL), else ``./registry``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from flame.sdk.link import Link
 
 
+_NEW = ".new-"
+_STALE = 86_400.0  # seconds after which nobody copies a model any more
+
+
 class LocalRegistry(Registry):
     """Files in a folder. Writing them is quick, so nothing is left to the background; a full disk becomes a warning."""
 
@@ -40,6 +45,7 @@ class LocalRegistry(Registry):
         super().__init__(config, link)
         self.root = _folder(config.registry.uri)
         self.run = self.root / "runs" / quote(config.job.job_id, safe="")
+        self._own = quote(f"{config.job.job_id}-{config.task_id}", safe="")
         self._kept: Version | None = None
         self._warned = False
 
@@ -48,7 +54,7 @@ class LocalRegistry(Registry):
         about = {"job": self.config.job.job_id, "name": self.config.job.name, "schema": self.config.schema}
         with _Trouble(self):
             self.run.mkdir(parents=True, exist_ok=True)
-            _write(self.run / "params.json", {**about, "hyperparameters": dict(params)})
+            self._write(self.run / "params.json", {**about, "hyperparameters": dict(params)})
 
     def save_metrics(self, round: int, metrics: Mapping[str, float]) -> None:
         """See :class:`Registry`."""
@@ -61,15 +67,16 @@ class LocalRegistry(Registry):
         with _Trouble(self):
             versions = self.root / "models" / quote(name, safe="")
             versions.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=versions) as beside:
-                new = Path(beside) / "version"
-                new.mkdir()
+            new = versions / f"{_NEW}{self._own}"
+            _forget_unfinished(versions, new)
+            new.mkdir()
+            try:
                 shutil.copyfile(path, new / "model.safetensors")
-                _write(
-                    new / "about.json",
-                    {"job": self.config.job.job_id, "schema": self.config.schema, "time": time.time()},
-                )
+                about = {"job": self.config.job.job_id, "schema": self.config.schema, "time": time.time()}
+                self._write(new / "about.json", about)
                 place = _settle(new, versions)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
             self._kept = Version(place.as_uri(), place.name)
 
     def load_model(self, name: str, version: int) -> dict[str, npt.NDArray[Any]]:
@@ -89,6 +96,11 @@ class LocalRegistry(Registry):
     def finish(self, timeout: float) -> Version | None:
         """See :class:`Registry`: all is kept already."""
         return self._kept
+
+    def _write(self, path: Path, document: Mapping[str, Any]) -> None:
+        beside = path.with_name(f".{path.name}.{self._own}")
+        beside.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(beside, path)
 
     def trouble(self, error: OSError) -> None:
         """Tell the user, once, that something could not be kept."""
@@ -118,14 +130,16 @@ def _folder(uri: str) -> Path:
     return Path(unquote(parts.path) if parts.scheme == "file" else uri or "registry").expanduser().absolute()
 
 
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
 def _numbers(versions: Path) -> list[int]:
     return sorted(int(entry.name) for entry in versions.glob("*") if entry.name.isdecimal())
+
+
+def _forget_unfinished(versions: Path, mine: Path) -> None:
+    """Remove what workers have begun that were killed: this task's, and of others what nobody can be at any more."""
+    for begun in versions.glob(f"{_NEW}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if begun == mine or time.time() - begun.stat().st_mtime > _STALE:
+                shutil.rmtree(begun)
 
 
 def _settle(new: Path, versions: Path) -> Path:
