@@ -1,6 +1,5 @@
 """``flame chaos`` on workers that are containers of a real engine: it hits them there, and they go on as if nothing had been."""
 
-import asyncio
 import json
 import os
 import subprocess
@@ -11,50 +10,34 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
 import engines
-from survivalkit import central
+from chaoskit import on_private_server, on_running_server
 
 from flame.chaos.containers import InContainer
-from flame.chaos.server import Server
-from flame.chaos.trial import our_address
 from flame.runners.docker_engine import Engine, Refused
 
 ON_ENGINE = {"trainer": {"realm": "engine"}, "aggregator": {"realm": "engine"}}
 
 
 @pytest.fixture
-def chaos(tmp_path):
-    """Run the command on a job of two sites, with a Docker engine as a compute of its private server."""
-    computes = tmp_path / "computes.yaml"
+def computes(tmp_path):
+    """A file with this machine and a Docker engine as computes. No container may be left in the end."""
+    path = tmp_path / "computes.yaml"
     config = {"image": engines.docker_image(), "pullPolicy": "never", "labels": {"trial": tmp_path.name}}
     here = {"name": "here", "kind": "local"}
-    computes.write_text(yaml.safe_dump([here, {"name": "engine", "kind": "docker", "config": config}]))
+    path.write_text(yaml.safe_dump([here, {"name": "engine", "kind": "docker", "config": config}]))
+    yield path
+    listed = ["docker", "ps", "--all", "--quiet", "--filter", f"label=trial={tmp_path.name}"]
+    assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout == ""
 
-    def run(*words, placement=ON_ENGINE, rounds=4, end_after=None):
-        restart = {"attempts": 5, "backoff": 0.1}
-        job = central(tmp_path / "job", sites=2, placement=placement, restart=restart, rounds=rounds)
-        (tmp_path / "temporary").mkdir()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flame", "chaos", str(job), "--computes", str(computes), *words, "-o", "json"],
-            env={**environment, "FLAME_CONFIG": str(tmp_path / "none"), "TMPDIR": str(tmp_path / "temporary")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        said = ""
-        if end_after is not None:
-            while end_after not in said:
-                line = process.stderr.readline()
-                assert line, said
-                said += line
-            process.terminate()
-        out, err = process.communicate(timeout=170)
-        assert not list((tmp_path / "temporary").iterdir())
-        listed = ["docker", "ps", "--all", "--quiet", "--filter", f"label=trial={tmp_path.name}"]
-        assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout == "", "no container is left"
-        return subprocess.CompletedProcess(process.args, process.returncode, out, said + err)
+
+@pytest.fixture
+def chaos(tmp_path, computes):
+    """Run the command on a private server with these computes."""
+
+    def run(*words, placement=ON_ENGINE, **more):
+        return on_private_server(tmp_path, computes, placement, *words, **more)
 
     return run
 
@@ -103,33 +86,10 @@ def test_a_trial_that_is_told_to_end_leaves_no_container(chaos):
 
 
 @pytest.mark.timeout(200)
-def test_a_job_of_a_running_server_is_disturbed_in_its_containers(tmp_path):
-    computes = tmp_path / "computes.yaml"
-    config = {"image": engines.docker_image(), "pullPolicy": "never"}
-    computes.write_text(yaml.safe_dump([{"name": "engine", "kind": "docker", "config": config}]))
-    settings = {"FLAME_CONFIG": str(tmp_path / "none"), "FLAME_TOKEN": "of-the-test"}
-    points = {"FLAME_CHAOS": str(tmp_path / "points")}
-    options = ["--computes", str(computes), "--host", our_address(), "--insecure-plain-http"]
-    server = Server(tmp_path / "data", {**settings, **points}, options)
-    asyncio.run(server.start())
-
-    def flame(*words):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
-        environment |= {**settings, "FLAME_DATA_DIR": str(tmp_path / "data"), "FLAME_SERVER": server.url}
-        command = [sys.executable, "-m", "flame", *words, "-o", "json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    try:
-        job = central(tmp_path / "job", sites=2, placement=ON_ENGINE, restart={"attempts": 5, "backoff": 0.1})
-        created = flame("job", "create", str(job))
-        told = flame("chaos", created["id"], "--kill", "trainer@train=2")
-    finally:
-        asyncio.run(server.end())
+def test_a_job_of_a_running_server_is_disturbed_in_its_containers(tmp_path, computes):
+    told = on_running_server(tmp_path, computes, ON_ENGINE, "--kill", "trainer@train=2")
     assert told["state"] == "completed"
     assert " in container " in told["deeds"][0]["what"], told
-    assert list((tmp_path / "points").iterdir()) == []
 
 
 class Late(Engine):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,16 +13,13 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
+from chaoskit import on_private_server, on_running_server
 from engines import kubectl
-from jobkit import SHARE, our_address
-from survivalkit import central
+from jobkit import SHARE
 from waiting import blocked_until
 
-from flame.chaos.server import Server
-
 IN_PODS = {"trainer": {"realm": "cluster"}, "aggregator": {"realm": "cluster"}}
-RESTART = {"attempts": 5, "backoff": 0.1}
 Chaos = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -41,30 +36,10 @@ def computes(tmp_path: Path, namespace: str, kubeconfig: str, image: str) -> Ite
 
 @pytest.fixture
 def chaos(tmp_path: Path, computes: Path) -> Chaos:
-    """Run the command on a job of two sites, with the cluster as a compute of its private server."""
+    """Run the command on a private server with these computes."""
 
-    def run(*words: str, placement: Any = IN_PODS, rounds: int = 4, end_after: str | None = None) -> Any:
-        job = central(tmp_path / "job", sites=2, placement=placement, restart=RESTART, rounds=rounds)
-        (tmp_path / "temporary").mkdir()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flame", "chaos", str(job), "--computes", str(computes), *words, "-o", "json"],
-            env={**environment, "FLAME_CONFIG": str(tmp_path / "none"), "TMPDIR": str(tmp_path / "temporary")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stderr is not None
-        said = ""
-        if end_after is not None:
-            while end_after not in said:
-                line = process.stderr.readline()
-                assert line, said
-                said += line
-            process.terminate()
-        out, err = process.communicate(timeout=170)
-        assert not list((tmp_path / "temporary").iterdir())
-        return subprocess.CompletedProcess(process.args, process.returncode, out, said + err)
+    def run(*words: str, placement: Any = IN_PODS, **more: Any) -> Any:
+        return on_private_server(tmp_path, computes, placement, *words, **more)
 
     return run
 
@@ -122,26 +97,6 @@ def test_a_trial_that_is_told_to_end_leaves_no_pod(chaos: Chaos) -> None:
 
 
 def test_a_job_of_a_running_server_is_disturbed_in_its_pods(tmp_path: Path, computes: Path) -> None:
-    settings = {"FLAME_CONFIG": str(tmp_path / "none"), "FLAME_TOKEN": "of-the-test"}
-    points = {"FLAME_CHAOS": str(tmp_path / "points")}
-    options = ["--computes", str(computes), "--host", our_address(), "--insecure-plain-http"]
-    server = Server(tmp_path / "data", {**settings, **points}, options)
-    asyncio.run(server.start())
-
-    def flame(*words: str) -> Any:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
-        environment |= {**settings, "FLAME_DATA_DIR": str(tmp_path / "data"), "FLAME_SERVER": server.url}
-        command = [sys.executable, "-m", "flame", *words, "-o", "json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    try:
-        job = central(tmp_path / "job", sites=2, placement=IN_PODS, restart=RESTART)
-        created = flame("job", "create", str(job))
-        told = flame("chaos", created["id"], "--kill", "trainer@train=2")
-    finally:
-        asyncio.run(server.end())
+    told = on_running_server(tmp_path, computes, IN_PODS, "--kill", "trainer@train=2")
     assert told["state"] == "completed"
     assert " in pod " in told["deeds"][0]["what"], told
-    assert list((tmp_path / "points").iterdir()) == []
