@@ -181,15 +181,16 @@ class _Mirror:
     :param failed: gets the error, if it cannot be done.
     """
 
+    _wished: set[str]  # what the pod's folder has been told of
+    _held: set[str]  # what was taken there, and counts here
+    _late: set[str]  # what was taken there when another had been faster
+
     def __init__(self, cluster: Cluster, pod: str, folder: Path, failed: asyncio.Future[None]) -> None:
         self._cluster = cluster
         self._pod = pod
         self._folder = folder
         self._failed = failed
         self._running = False
-        self._wished: set[str] = set()  # what the pod's folder has been told of
-        self._held: set[str] = set()  # what was taken there, and counts here
-        self._late: set[str] = set()  # what was taken there when another had been faster
         self._work = asyncio.create_task(self._keep())
         self._work.add_done_callback(self._ended)
 

@@ -7,12 +7,11 @@ is there counts: a server that takes over must know the workers of the one befor
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.controller.keys import Keys
+from flame.controller.keys import Keys, write_whole
 from flame.errors import Conflict, StoreError
 from flame.store import Store
 
@@ -35,7 +34,7 @@ def kept(data_dir: Path, name: str) -> str:
     path = data_dir / name
     try:
         if not path.exists():
-            _write(path, secrets.token_hex(8).encode())
+            write_whole(path, secrets.token_hex(8).encode())
         return path.read_text().strip()
     except OSError as error:
         raise StoreError(f"The data directory {data_dir} cannot be written: {error.strerror}.") from error
@@ -56,16 +55,6 @@ async def identify(data_dir: Path, store: Store | None) -> Identity:
     found = await store.get(_COLLECTION, _ID)
     assert found is not None
     if found.body != mine:
-        _write(data_dir / "id", found.body["id"].encode())
-        _write(data_dir / "secret", bytes.fromhex(found.body["secret"]))
+        write_whole(data_dir / "id", found.body["id"].encode())
+        write_whole(data_dir / "secret", bytes.fromhex(found.body["secret"]))
     return Identity(found.body["id"], Keys.load(data_dir / "secret"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.new")  # one process alone has the folder
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -32,13 +32,7 @@ class Keys:
         """
         try:
             if not path.exists():
-                partial = path.with_name(f"{path.name}.new")
-                descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(secrets.token_bytes(32))
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
+                write_whole(path, secrets.token_bytes(32))
             secret = path.read_bytes()
         except OSError as error:
             raise StoreError(f"The server's secret {path} cannot be read or made: {error.strerror}.") from error
@@ -60,3 +54,17 @@ class Keys:
 
     def _hmac(self, purpose: str) -> str:
         return hmac.new(self._secret, purpose.encode(), hashlib.sha256).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file of the data directory that only its owner may read (mode 0600), whole or not at all.
+
+    :raises OSError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.new")  # one process alone has the folder
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import stat
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from flame.errors import Conflict, NotFound, SpecError, StoreError, TooManyReque
 from flame.process import run_server
 from flame.serve import ServeSettings, serve
 from flame.spec.people import LOCAL, NewToken, NewUser, Principal, TokenForm, UserForm, UserRole
-from flame.store import open_store
+from flame.store import Store, open_store
 
 # ------------------------------------------------------------------------------------------------- the limiter
 
@@ -96,10 +97,21 @@ async def test_a_worker_s_wrong_key_counts_too(served: Any) -> None:
 # -------------------------------------------------------------------------------------------------- accounts
 
 
-async def test_what_is_kept_of_a_token_is_no_use_to_who_reads_the_store(tmp_path: Path) -> None:
-    store = open_store("sqlite:///state.db", tmp_path)
-    accounts = Accounts(store, Standing())
-    await accounts.open()
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    made = open_store("sqlite:///state.db", tmp_path)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def accounts(store: Store) -> Accounts:
+    made = Accounts(store, Standing())
+    await made.open()
+    return made
+
+
+async def test_what_is_kept_of_a_token_is_no_use_to_who_reads_the_store(store: Store, accounts: Accounts) -> None:
     made = await accounts.create_user(UserForm(name="ada", role=UserRole.ADMIN))
     secret = made.token.token
     assert secret.startswith(PREFIX)
@@ -114,14 +126,9 @@ async def test_what_is_kept_of_a_token_is_no_use_to_who_reads_the_store(tmp_path
     assert (found.name, found.role) == ("ada", UserRole.ADMIN)
     assert again.principal(secret[:-1]) is None
     assert again.principal(made.token.id) is None
-    await store.close()
 
 
-async def test_what_was_made_with_a_token_goes_with_it_if_asked_for(tmp_path: Path) -> None:
-    store = open_store("sqlite:///state.db", tmp_path)
-    accounts = Accounts(store, Standing())
-    await accounts.open()
-
+async def test_what_was_made_with_a_token_goes_with_it_if_asked_for(store: Store, accounts: Accounts) -> None:
     def holder(secret: str) -> Principal:
         found = accounts.principal(secret)
         assert found is not None
@@ -147,13 +154,9 @@ async def test_what_was_made_with_a_token_goes_with_it_if_asked_for(tmp_path: Pa
             token.id for token in (root, stolen, child, grandchild, ben, other, eve) if place.principal(token.token)
         ]
         assert good == [root.id, other.id, eve.id]
-    await store.close()
 
 
-async def test_nothing_is_made_with_a_token_while_it_is_revoked(tmp_path: Path) -> None:
-    store = open_store("sqlite:///state.db", tmp_path)
-    accounts = Accounts(store, Standing())
-    await accounts.open()
+async def test_nothing_is_made_with_a_token_while_it_is_revoked(store: Store, accounts: Accounts) -> None:
     await accounts.create_user(UserForm(name="ada", role=UserRole.ADMIN))
     refused = 0
     for number in range(20):
@@ -171,13 +174,9 @@ async def test_nothing_is_made_with_a_token_while_it_is_revoked(tmp_path: Path) 
         assert not [token for token in accounts.tokens(LOCAL) if token.made_by == stolen.id]
         assert {user.name for user in accounts.users()} == {user.body["name"] for user in await store.find("users")}
     assert refused
-    await store.close()
 
 
-async def test_tokens_end(tmp_path: Path) -> None:
-    store = open_store("sqlite:///state.db", tmp_path)
-    accounts = Accounts(store, Standing())
-    await accounts.open()
+async def test_tokens_end(accounts: Accounts) -> None:
     await accounts.create_user(UserForm(name="ada", role=UserRole.ADMIN))
     short = await accounts.create_token(TokenForm(user="ada", days=1e-12), LOCAL)
     assert accounts.principal(short.token) is None
@@ -192,7 +191,6 @@ async def test_tokens_end(tmp_path: Path) -> None:
         await accounts.create_user(UserForm(name="ada"))
     with pytest.raises(SpecError, match="no project 'red'"):
         await accounts.create_user(UserForm(name="uma", projects=["red"]))
-    await store.close()
 
 
 async def test_names_are_plain(served: Any) -> None:

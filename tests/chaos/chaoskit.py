@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "survival"))
 from survivalkit import central
 
@@ -17,6 +19,13 @@ from flame.chaos.server import Server
 from flame.chaos.trial import our_address
 
 RESTART = {"attempts": 5, "backoff": 0.1}
+
+
+def with_this_machine(folder: Path, name: str, kind: str, config: dict[str, Any]) -> Path:
+    """A file with two computes: ``here``, which is this machine, and another one."""
+    path = folder / "computes.yaml"
+    path.write_text(yaml.safe_dump([{"name": "here", "kind": "local"}, {"name": name, "kind": kind, "config": config}]))
+    return path
 
 
 def on_private_server(

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
 import engines
-from chaoskit import on_private_server, on_running_server
+from chaoskit import on_private_server, on_running_server, with_this_machine
 
 from flame.chaos.containers import InContainer
 from flame.runners.docker_engine import Engine, Refused
@@ -23,11 +22,8 @@ ON_ENGINE = {"trainer": {"realm": "engine"}, "aggregator": {"realm": "engine"}}
 @pytest.fixture
 def computes(tmp_path):
     """A file with this machine and a Docker engine as computes. No container may be left in the end."""
-    path = tmp_path / "computes.yaml"
     config = {"image": engines.docker_image(), "pullPolicy": "never", "labels": {"trial": tmp_path.name}}
-    here = {"name": "here", "kind": "local"}
-    path.write_text(yaml.safe_dump([here, {"name": "engine", "kind": "docker", "config": config}]))
-    yield path
+    yield with_this_machine(tmp_path, "engine", "docker", config)
     listed = ["docker", "ps", "--all", "--quiet", "--filter", f"label=trial={tmp_path.name}"]
     assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout == ""
 

@@ -14,7 +14,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
-from chaoskit import on_private_server, on_running_server
+from chaoskit import on_private_server, on_running_server, with_this_machine
 from engines import kubectl
 from jobkit import SHARE
 from waiting import blocked_until
@@ -27,10 +27,7 @@ Chaos = Callable[..., "subprocess.CompletedProcess[str]"]
 def computes(tmp_path: Path, namespace: str, kubeconfig: str, image: str) -> Iterator[Path]:
     """A file with this machine and the cluster as computes. No pod may be left in the end."""
     config = {"kubeconfig": kubeconfig, "namespace": namespace, "image": image, "resources": SHARE}
-    path = tmp_path / "computes.yaml"
-    here = {"name": "here", "kind": "local"}
-    path.write_text(yaml.safe_dump([here, {"name": "cluster", "kind": "kubernetes", "config": config}]))
-    yield path
+    yield with_this_machine(tmp_path, "cluster", "kubernetes", config)
     blocked_until(lambda: kubectl("get", "pods", "-n", namespace, "-o", "name") == "")
 
 

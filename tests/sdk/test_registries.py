@@ -94,14 +94,14 @@ def test_many_jobs_at_once_get_a_version_each(tmp_path):
 
 
 STUCK = """
-import shutil, sys, time
+import shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_registries import opened, model_file
 def copyfile(source, target):
     target.write_bytes(b"half of it")
     print("in the middle", flush=True)
-    time.sleep(600)
+    signal.pause()
 shutil.copyfile = copyfile
 folder = Path({folder!r})
 registry, _ = opened(folder, "local", folder / "kept", job="j1")
